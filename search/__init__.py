@@ -1,0 +1,1 @@
+"""The service: studies, tickets, workers, records and exports around `yolocore`."""

@@ -1,0 +1,1 @@
+"""The tables that hold the truth of a study: tickets and epoch reports."""

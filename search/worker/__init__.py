@@ -1,0 +1,1 @@
+"""A worker: claims tickets, trains a pack, reports."""

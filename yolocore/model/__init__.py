@@ -1,0 +1,1 @@
+"""The stacked YOLOv5 network."""

@@ -1,0 +1,1 @@
+"""The pack of K slots and its trainer."""
