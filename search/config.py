@@ -1,0 +1,1079 @@
+"""The study file: what is searched, how each trial is trained, and for how long.
+
+`load_study_config` reads a YAML file into a frozen `StudyConfig` or raises one `StudyConfigError` whose message has one
+line per mistake: file and line, dotted key, value, what is allowed. The shape (types, bounds, unknown keys) is the
+business of pydantic; what a combination of keys means is checked by the small functions at the end.
+"""
+
+import difflib
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, cast, get_args, get_origin
+from urllib.parse import urlsplit
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    StrictBool,
+    ValidationError,
+)
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from search.errors import StudyConfigError, StudyConflictError
+from yolocore.errors import HyperparameterError
+from yolocore.hyperparameters import HYPERPARAMETER_KEYS, IGNORED_KEYS, RANGES, SHARED_KEYS, Hyperparameters
+
+if TYPE_CHECKING:
+    from yolocore.training.config import TrainConfig
+
+BUDGET_KEYS = frozenset({"trials", "timeout"})
+"""What may change when a study is resumed."""
+
+BUILTIN_DATA = ("digits",)
+"""Data sets that `data: builtin:NAME` can name."""
+
+METRICS = ("fitness", "map50", "map", "precision", "recall", "f1")
+"""What an objective may weigh, besides `class_ap:NAME`."""
+
+CLASS_AP = "class_ap:"
+"""Prefix of the objective terms for the AP (mean over IoU 0.50 to 0.95) of one class."""
+
+
+def _number(value: object) -> float:
+    """A finite float; also from text, because YAML reads `1e-3` as text."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise PydanticCustomError("number", "not a number")
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        raise PydanticCustomError("number", "not a number") from None
+    if not math.isfinite(number):
+        raise PydanticCustomError("number", "not finite")
+    return number
+
+
+def _whole(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise PydanticCustomError("whole", "not a whole number")
+    return value
+
+
+def _choice_list(value: object) -> object:
+    """`[0.3, 0.5]` is short for `{choices: [0.3, 0.5]}`."""
+    return {"choices": value} if isinstance(value, list | tuple) else value
+
+
+def _named(value: object) -> object:
+    """`tpe` is short for `{name: tpe}`; an empty value stands for `none`."""
+    if value is None:
+        return {"name": "none"}
+    return {"name": value} if isinstance(value, str) else value
+
+
+def _objective(value: object) -> object:
+    """Accepts `fitness`, `{metric: fitness, at: best}` and `{fitness: 0.7, class_ap:cat: 0.3, at: last}`."""
+    if isinstance(value, str):
+        return {"weights": {value: 1.0}}
+    if not isinstance(value, dict) or "weights" in value:
+        return value
+    terms = {key: term for key, term in value.items() if key != "at"}
+    if "metric" in terms:
+        if len(terms) > 1 or not isinstance(terms["metric"], str):
+            raise PydanticCustomError("objective", "metric stands for one metric's name")
+        terms = {terms["metric"]: 1.0}
+    return {"weights": terms, **({"at": value["at"]} if "at" in value else {})}
+
+
+def _base_hyp(value: object) -> object:
+    if value is None or isinstance(value, Path):
+        return value
+    if isinstance(value, str) and value:
+        return Path(value)
+    if isinstance(value, dict):
+        return {str(key): _float_text(item) for key, item in value.items()}
+    raise PydanticCustomError("base_hyp", "neither a path nor a mapping")
+
+
+def _float_text(value: object) -> object:
+    """Text such as `1e-3` as a number, everything else as it is, so that the hyp check can name it."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _allowed(text: str) -> dict[str, Any]:
+    return {"allowed": text}
+
+
+_NAME_OR_MAPPING = "a name, or a mapping with name and options"
+
+Number = Annotated[float, BeforeValidator(_number)]
+Whole = Annotated[int, BeforeValidator(_whole)]
+
+
+class _Section(BaseModel):
+    """A mapping of the study file: unknown keys are errors, nothing changes after it was read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+class TrainSettings(_Section):
+    """How every trial is trained."""
+
+    model: Literal["n", "s", "m", "l", "x"] = "n"
+    """Size of YOLOv5."""
+    weights: Path | None = None
+    """Start weights: an official `.pt`, a state-dict `.pt` or a `.safetensors`; none trains from scratch."""
+    image_size: Annotated[Whole, Field(ge=32, multiple_of=32)] = 640
+    """Side of the square training image, pixels."""
+    batch_size: Annotated[Whole, Field(ge=1)] = 16
+    """Images per batch; all slots of a pack see the same batch."""
+    epochs: Annotated[Whole, Field(ge=1)] = 100
+    """Epochs of a trial that is not pruned."""
+    seed: Annotated[Whole, Field(ge=0)] = 0
+    """Seed of the initialisation and of the image stream."""
+    device: Annotated[
+        str,
+        Field(
+            pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
+            json_schema_extra=_allowed("auto, cpu, cuda, cuda:N (N = 0, 1, ...) or mps"),
+        ),
+    ] = "auto"
+    """Where to train."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Precision of the network's forward pass; the loss is always computed in float32."""
+    optimizer: Literal["SGD", "Adam", "AdamW"] = "SGD"
+    """Optimiser; hyp files are written for SGD."""
+    cos_lr: StrictBool = False
+    """Cosine instead of linear learning rate schedule."""
+    label_smoothing: Annotated[Number, Field(ge=0, lt=1)] = 0.0
+    """Smoothing of the class targets; a training option of YOLOv5, no hyp key."""
+    autobalance: StrictBool = False
+    """Adapt the objectness balance of the three levels during training."""
+    eval_every: Annotated[Whole, Field(ge=1)] = 1
+    """Evaluate every so many epochs, and after the last; pruning decides at these epochs."""
+    cache: Literal["ram", "disk", "none"] = "ram"
+    """Where decoded images are kept."""
+    workers: Annotated[Whole, Field(ge=0)] = 0
+    """Loader processes; 0 loads in the trainer itself."""
+    pack: Annotated[Whole, Field(ge=1, le=64)] = 4
+    """Trials that train together on one device."""
+
+
+class SpaceEntry(_Section):
+    """The values that one hyp key may take: a range or a list of choices."""
+
+    low: Number | None = None
+    """Smallest value."""
+    high: Number | None = None
+    """Largest value."""
+    log: StrictBool = False
+    """Search on a logarithmic scale."""
+    step: Annotated[Number, Field(gt=0)] | None = None
+    """Only values low, low + step, ..., high."""
+    choices: tuple[Number, ...] | None = None
+    """Only these values, without an order."""
+
+    def contains(self, value: float) -> bool:
+        """Whether the search could propose `value`."""
+        if self.choices is not None:
+            return value in self.choices
+        if self.low is None or self.high is None or not self.low <= value <= self.high:
+            return False
+        return self.step is None or _on_grid(value, self.low, self.step)
+
+    def grid(self) -> tuple[float, ...] | None:
+        """All values if there are finitely many, else None."""
+        if self.choices is not None:
+            return self.choices
+        if self.step is None or self.low is None or self.high is None:
+            return None
+        return tuple(self.low + index * self.step for index in range(round((self.high - self.low) / self.step) + 1))
+
+    def describe(self) -> str:
+        """The range or the choices in words."""
+        if self.choices is not None:
+            return f"one of {', '.join(f'{choice:g}' for choice in self.choices)}"
+        scale = ", logarithmic" if self.log else f" in steps of {self.step:g}" if self.step else ""
+        return f"{self.low:g} to {self.high:g}{scale}"
+
+
+class _Sampler(_Section):
+    seed: Annotated[Whole, Field(ge=0)] = 0
+    """Study-wide seed; each ticket derives its own from it."""
+
+
+class TpeSampler(_Sampler):
+    """Tree-structured Parzen estimator."""
+
+    name: Literal["tpe"]
+    n_startup_trials: Annotated[Whole, Field(ge=1)] = 10
+    """Random trials before the model is used."""
+    n_ei_candidates: Annotated[Whole, Field(ge=1)] = 24
+    """Candidates drawn per proposal."""
+    multivariate: StrictBool = True
+    """Model the keys together."""
+    constant_liar: StrictBool = True
+    """Keep away from the points that are being tried now."""
+
+
+class GpSampler(_Sampler):
+    """Gaussian process."""
+
+    name: Literal["gp"]
+    n_startup_trials: Annotated[Whole, Field(ge=1)] = 10
+    """Random trials before the model is used."""
+    deterministic_objective: StrictBool = False
+    """Treat the objective as free of noise."""
+
+
+class CmaesSampler(_Sampler):
+    """Covariance matrix adaptation, started at the base hyp."""
+
+    name: Literal["cmaes"]
+    n_startup_trials: Annotated[Whole, Field(ge=1)] = 1
+    """Random trials before the strategy starts."""
+    sigma0: Annotated[Number, Field(gt=0)] | None = None
+    """First standard deviation; by default a sixth of the smallest range."""
+    popsize: Annotated[Whole, Field(ge=2)] | None = None
+    """Trials per generation."""
+    with_margin: StrictBool = False
+    """Keep steps from freezing at one value; for spaces with `step`."""
+    consider_pruned_trials: StrictBool = False
+    """Let pruned trials take part with their last value."""
+
+
+class Nsga2Sampler(_Sampler):
+    """Genetic algorithm."""
+
+    name: Literal["nsga2"]
+    population_size: Annotated[Whole, Field(ge=2)] = 20
+    """Trials per generation."""
+    mutation_prob: Annotated[Number, Field(ge=0, le=1)] | None = None
+    """Chance that a key mutates; by default one over the number of keys."""
+    crossover_prob: Annotated[Number, Field(ge=0, le=1)] = 0.9
+    """Chance that two parents are crossed."""
+    swapping_prob: Annotated[Number, Field(ge=0, le=1)] = 0.5
+    """Chance that a key comes from the second parent."""
+
+
+class RandomSampler(_Sampler):
+    """Independent draws."""
+
+    name: Literal["random"]
+
+
+class QmcSampler(_Sampler):
+    """A low-discrepancy sequence: covers the space evenly."""
+
+    name: Literal["qmc"]
+    qmc_type: Literal["sobol", "halton"] = "sobol"
+    """Which sequence."""
+    scramble: StrictBool = True
+    """Randomise the sequence by the seed."""
+
+
+class GridSampler(_Sampler):
+    """Every combination once, the base first, then in an order that the seed shuffles."""
+
+    name: Literal["grid"]
+
+
+SamplerConfig = Annotated[
+    TpeSampler | GpSampler | CmaesSampler | Nsga2Sampler | RandomSampler | QmcSampler | GridSampler,
+    Field(discriminator="name"),
+]
+
+
+class NonePruner(_Section):
+    """Every trial runs to its end."""
+
+    name: Literal["none"]
+
+
+class _Pruner(_Section):
+    min_epochs: Annotated[Whole, Field(ge=1)] | None = None
+    """First rung: the epochs that every trial gets before pruning may stop it; by default a fifth of `train.epochs`."""
+
+
+class MedianPruner(_Pruner):
+    """Stops a trial whose best value so far is below the median of the others at the same epoch."""
+
+    name: Literal["median"]
+    n_startup_trials: Annotated[Whole, Field(ge=0)] = 4
+    """Trials that must be complete before any is stopped."""
+    n_min_trials: Annotated[Whole, Field(ge=1)] = 1
+    """Trials that must have a value at the same epoch."""
+
+
+class AshaPruner(_Pruner):
+    """Asynchronous successive halving: at each rung only the best 1/reduction_factor go on."""
+
+    name: Literal["asha"]
+    reduction_factor: Annotated[Whole, Field(ge=2)] = 3
+    """Rungs are at min_epochs, times this, times this again, ..."""
+
+
+class HyperbandPruner(_Pruner):
+    """Several successive halvings with different first rungs."""
+
+    name: Literal["hyperband"]
+    reduction_factor: Annotated[Whole, Field(ge=2)] = 3
+    """As in asha."""
+
+
+class ThresholdPruner(_Pruner):
+    """Stops a trial whose value leaves the given limits."""
+
+    name: Literal["threshold"]
+    lower: Number | None = None
+    """Stop below this value."""
+    upper: Number | None = None
+    """Stop above this value."""
+
+
+class PatientPruner(_Pruner):
+    """Stops a trial that has not improved for a while; with `wrapped`, only if that pruner agrees."""
+
+    name: Literal["patient"]
+    patience: Annotated[Whole, Field(ge=1)]
+    """Evaluated epochs without improvement that are tolerated."""
+    min_delta: Annotated[Number, Field(ge=0)] = 0.0
+    """Smallest gain that counts as improvement."""
+    wrapped: (
+        Annotated[
+            Annotated[
+                MedianPruner | AshaPruner | HyperbandPruner | ThresholdPruner,
+                Field(discriminator="name"),
+            ],
+            BeforeValidator(_named),
+        ]
+        | None
+    ) = None
+    """A second pruner that must agree."""
+
+
+PrunerConfig = Annotated[
+    NonePruner | MedianPruner | AshaPruner | HyperbandPruner | ThresholdPruner | PatientPruner,
+    Field(discriminator="name"),
+]
+
+
+class ObjectiveConfig(_Section):
+    """What is maximised: a metric, or a weighted sum of metrics."""
+
+    weights: dict[str, Annotated[Number, Field(gt=0)]] = {"fitness": 1.0}
+    """Metric to weight."""
+    at: Literal["last", "best"] = "last"
+    """Which evaluated epoch gives a trial its value."""
+
+    def class_names(self) -> tuple[str, ...]:
+        """The classes whose AP takes part."""
+        return tuple(term.removeprefix(CLASS_AP) for term in self.weights if term.startswith(CLASS_AP))
+
+    def describe(self) -> str:
+        """The objective in words, for tables and headers."""
+        if list(self.weights.values()) == [1.0]:
+            terms = next(iter(self.weights))
+        else:
+            terms = " + ".join(f"{weight:g} {term}" for term, weight in self.weights.items())
+        return f"{terms} at the {self.at} epoch"
+
+
+class TrackingConfig(_Section):
+    """Where MLflow records."""
+
+    enabled: StrictBool = True
+    """Whether to record at all."""
+    uri: str | None = None
+    """Tracking server or store; by default MLFLOW_TRACKING_URI, else a file beside the studies."""
+    experiment: str | None = None
+    """Experiment's name; by default the study's."""
+
+
+class StudyConfig(_Section):
+    """A study file, checked and frozen; paths are absolute."""
+
+    name: Annotated[
+        str,
+        Field(
+            pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$",
+            json_schema_extra=_allowed("1 to 100 letters, digits, '.', '_' or '-', starting with a letter or digit"),
+        ),
+    ]
+    """Name of the study, its folder and its experiment."""
+    data: Annotated[
+        str, Field(min_length=1, json_schema_extra=_allowed("the path of a data set YAML, or builtin:digits"))
+    ]
+    """Data set YAML, or `builtin:NAME`."""
+    train: TrainSettings = TrainSettings()
+    """How every trial is trained."""
+    base_hyp: Annotated[
+        Path | dict[str, Any] | None,
+        PlainValidator(_base_hyp),
+        Field(json_schema_extra=_allowed("the path of a hyp YAML, or a mapping of hyp keys to numbers")),
+    ] = None
+    """Trial 0, and the value of every key that is not searched."""
+    space: dict[str, Annotated[SpaceEntry, BeforeValidator(_choice_list)]]
+    """The searched hyp keys."""
+    sampler: Annotated[SamplerConfig, BeforeValidator(_named), Field(json_schema_extra=_allowed(_NAME_OR_MAPPING))] = (
+        TpeSampler(name="tpe")
+    )
+    """Who proposes."""
+    pruner: Annotated[PrunerConfig, BeforeValidator(_named), Field(json_schema_extra=_allowed(_NAME_OR_MAPPING))] = (
+        MedianPruner(name="median")
+    )
+    """Who stops hopeless trials."""
+    trials: Annotated[Whole, Field(ge=1)]
+    """Number of trials, the base (trial 0) included."""
+    timeout: Annotated[Number, Field(gt=0)] | None = None
+    """Seconds after which no new trial starts."""
+    objective: Annotated[
+        ObjectiveConfig,
+        BeforeValidator(_objective),
+        Field(
+            json_schema_extra=_allowed(f"{', '.join(METRICS)}, {CLASS_AP}NAME, or a mapping of these to weights > 0")
+        ),
+    ] = ObjectiveConfig()
+    """What is maximised."""
+    max_failures_in_a_row: Annotated[Whole, Field(ge=1)] = 5
+    """The study stops after so many failed trials in a row."""
+    tracking: TrackingConfig = TrackingConfig()
+    """Where MLflow records."""
+
+    @property
+    def builtin_data(self) -> str | None:
+        """Name of the built-in data set, or None if `data` is a path."""
+        return self.data.removeprefix("builtin:") if self.data.startswith("builtin:") else None
+
+    def data_path(self, runs_dir: Path) -> Path:
+        """The data set YAML; a built-in data set lies in `runs_dir/data/NAME/NAME.yaml` once it is written."""
+        name = self.builtin_data
+        return runs_dir / "data" / name / f"{name}.yaml" if name else Path(self.data)
+
+    def base_hyperparameters(self) -> Hyperparameters:
+        """The base hyp: the preset for training from scratch, changed by `base_hyp`."""
+        if isinstance(self.base_hyp, Path):
+            return Hyperparameters.from_yaml(self.base_hyp)
+        return Hyperparameters.from_mapping(self.base_hyp or {}, "base_hyp")
+
+    def evaluated_epochs(self) -> tuple[int, ...]:
+        """The epochs after which a trial is evaluated, counted from 1: the study-wide grid of pruning decisions."""
+        every = self.train.eval_every
+        return (*range(every, self.train.epochs, every), self.train.epochs)
+
+    def train_config(self, data: Path) -> "TrainConfig":
+        """What the trainer needs, on the given data set YAML."""
+        from yolocore.training.config import TrainConfig
+
+        return TrainConfig(data=data, **self.train.model_dump(exclude={"pack"}))
+
+    def to_json(self) -> dict[str, Any]:
+        """The frozen form: plain JSON data with the whole base hyp in it, independent of any file but the data's."""
+        return {**self.model_dump(mode="json"), "base_hyp": self.base_hyperparameters().to_mapping()}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "StudyConfig":
+        """The inverse of `to_json`; needs none of the files to exist."""
+        return parse_study(dict(data), source=f"study {data.get('name')} in the database")
+
+    def differing_keys(self, other: "StudyConfig") -> list[str]:
+        """Dotted keys whose values differ, those of the budget included."""
+        mine, theirs = _flatten(self.to_json()), _flatten(other.to_json())
+        return [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
+
+
+def load_study_config(path: Path) -> StudyConfig:
+    """Read and check a study file.
+
+    Args:
+        path: the YAML file; relative paths in it are relative to its folder.
+
+    Raises:
+        StudyConfigError: one line per mistake, each naming file and line, dotted key, value and what is allowed.
+    """
+    data, lines = _read_yaml(path)
+    return parse_study(data, source=str(path), folder=path.resolve().parent, lines=lines)
+
+
+def parse_study(
+    data: object, *, source: str, folder: Path | None = None, lines: Mapping[str, int] | None = None
+) -> StudyConfig:
+    """Check the content of a study file.
+
+    Args:
+        data: what the YAML holds.
+        source: what to call it in an error.
+        folder: where relative paths start; without it no file has to exist (a worker on another host).
+        lines: line of each dotted key, to name it in an error.
+
+    Raises:
+        StudyConfigError: one line per mistake.
+    """
+    if not isinstance(data, dict):
+        kind = "nothing" if data is None else f"a {type(data).__name__}"
+        raise StudyConfigError(f"{source}: holds {kind}; allowed: a mapping with name, data, space, trials, ...")
+    problems = list(_check_keys(data))
+    if problems:
+        raise StudyConfigError("\n".join(problem.line(source, lines or {}) for problem in problems))
+    config: StudyConfig | None = None
+    try:
+        config = StudyConfig.model_validate(data)
+    except ValidationError as error:
+        problems = [_from_pydantic(details) for details in error.errors()]
+    if config is not None:
+        config = _with_first_rung(_with_absolute_paths(config, folder), chosen="pruner" in data)
+        problems = list(_check_meaning(config, check_files=folder is not None))
+    if problems or config is None:
+        raise StudyConfigError("\n".join(problem.line(source, lines or {}) for problem in problems))
+    return config
+
+
+def require_resumable(stored: StudyConfig, asked: StudyConfig) -> None:
+    """Refuse to resume a study with anything changed but its budget.
+
+    Raises:
+        StudyConflictError: one line per differing key, with both values.
+    """
+    mine, theirs = _flatten(stored.to_json()), _flatten(asked.to_json())
+    lines = [
+        f"study {stored.name}: {key}: got {_show(theirs.get(key))}, the database has {_show(mine.get(key))}; "
+        f"allowed: changes of {' and '.join(sorted(BUDGET_KEYS))} only, anything else is a study with another name"
+        for key in stored.differing_keys(asked)
+        if key not in BUDGET_KEYS
+    ]
+    if lines:
+        raise StudyConflictError("\n".join(lines))
+
+
+def check_objective(config: StudyConfig, names: Sequence[str], labelled: Sequence[int] | None = None) -> None:
+    """Check the classes that the objective names against a data set.
+
+    Args:
+        config: the study.
+        names: the data set's class names.
+        labelled: indices of the classes that have labels in the validation split, where known.
+
+    Raises:
+        StudyConfigError: a class that the data set does not have, or that cannot be evaluated.
+    """
+    for name in config.objective.class_names():
+        key = f"study {config.name}: objective: {CLASS_AP}{name}"
+        if name not in names:
+            raise StudyConfigError(
+                f"{key}: no class of the data set{_closest(name, names)}; allowed: {', '.join(names)}"
+            )
+        if labelled is not None and list(names).index(name) not in labelled:
+            having = ", ".join(names[index] for index in sorted(labelled)) or "none"
+            raise StudyConfigError(
+                f"{key}: no labels in the validation split; allowed: a class that has some ({having})"
+            )
+
+
+def objective_value(objective: ObjectiveConfig, metrics: Mapping[str, float], names: Sequence[str]) -> float:
+    """The value of one evaluated epoch.
+
+    Args:
+        objective: the weighted metrics.
+        metrics: `DetectionMetrics.to_mapping()`; class APs are called `class_ap/<index>`.
+        names: the data set's class names.
+
+    Returns:
+        The weighted sum. A class without any entry counts 0: that it has labels is checked before the start.
+    """
+    total = 0.0
+    for term, weight in objective.weights.items():
+        if term.startswith(CLASS_AP):
+            total += weight * metrics.get(f"class_ap/{list(names).index(term.removeprefix(CLASS_AP))}", 0.0)
+        else:
+            total += weight * metrics[term]
+    return total
+
+
+# ---- reading YAML ----------------------------------------------------------------------------------------------------
+
+
+def _read_yaml(path: Path) -> tuple[object, dict[str, int]]:
+    """The content of a YAML file and the line of each dotted key; a key that stands twice is an error."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise StudyConfigError(f"{path}: no such study file; allowed: the path of a study YAML") from None
+    except UnicodeDecodeError:
+        raise StudyConfigError(f"{path}: not a text file; allowed: YAML in UTF-8") from None
+    except OSError as error:
+        raise StudyConfigError(f"{path}: cannot be read: {error.strerror}; allowed: a readable study YAML") from None
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise StudyConfigError(_syntax_message(path, error)) from None
+    except ValueError as error:  # for example a timestamp with month 13
+        raise StudyConfigError(f"{path}: not valid YAML: {error}; allowed: a mapping of keys to values") from None
+    lines: dict[str, int] = {}
+    duplicates = [] if root is None else list(_walk(root, "", lines))
+    if duplicates:
+        raise StudyConfigError("\n".join(problem.line(str(path), {}) for problem in duplicates))
+    return data, lines
+
+
+def _syntax_message(path: Path, error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    place = f":{mark.line + 1}" if mark else ""
+    what = getattr(error, "problem", None) or " ".join(str(error).split())
+    return f"{path}{place}: not valid YAML: {what}; allowed: 'key: value' lines, indented by spaces"
+
+
+def _walk(node: yaml.Node, prefix: str, lines: dict[str, int]) -> Iterator["Problem"]:
+    """Note the line of every key below `node` and yield the keys that stand twice."""
+    if isinstance(node, yaml.MappingNode):
+        seen: dict[str, int] = {}
+        for key_node, value_node in node.value:
+            name = str(key_node.value)
+            key, line = f"{prefix}{name}", key_node.start_mark.line + 1
+            if name in seen:
+                yield Problem(key, f"stands twice, in lines {seen[name]} and {line}", "each key once", at_line=line)
+            seen.setdefault(name, line)
+            lines.setdefault(key, line)
+            yield from _walk(value_node, f"{key}.", lines)
+
+
+# ---- problems --------------------------------------------------------------------------------------------------------
+
+
+def _check_keys(data: Mapping[Any, Any], prefix: str = "") -> Iterator["Problem"]:
+    """YAML reads `3:`, `on:` and `2026-01-01:` as keys that are no text."""
+    for key, value in data.items():
+        if not isinstance(key, str):
+            yield Problem(f"{prefix}{key}", f"YAML reads this key as {type(key).__name__}", "text (put it in quotes)")
+        elif isinstance(value, dict):
+            yield from _check_keys(value, f"{prefix}{key}.")
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One mistake in a study file."""
+
+    key: str
+    """Dotted key."""
+    found: str
+    """What is wrong, with the value."""
+    allowed: str
+    at_line: int | None = None
+
+    def line(self, source: str, lines: Mapping[str, int]) -> str:
+        """The mistake in one line."""
+        number = self.at_line
+        key = re.sub(r"\[\d+\]$", "", self.key)
+        while number is None and key:
+            number = lines.get(key)
+            key = key.rpartition(".")[0]
+        place = f"{source}:{number}" if number else source
+        return " ".join(f"{place}: {self.key}: {self.found}; allowed: {self.allowed}".split())
+
+
+def _show(value: object) -> str:
+    """A value as YAML would write it, shortened and without a password."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    text = re.sub(r"://[^/@\s]*@", "://***@", text)
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def _closest(name: object, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.6)
+    return f", did you mean {close[0]}?" if close else ""
+
+
+def _flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        if isinstance(value, dict) and value:
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+SAMPLERS: dict[str, type[_Section]] = {
+    "tpe": TpeSampler,
+    "gp": GpSampler,
+    "cmaes": CmaesSampler,
+    "nsga2": Nsga2Sampler,
+    "random": RandomSampler,
+    "qmc": QmcSampler,
+    "grid": GridSampler,
+}
+PRUNERS: dict[str, type[_Section]] = {
+    "none": NonePruner,
+    "median": MedianPruner,
+    "asha": AshaPruner,
+    "hyperband": HyperbandPruner,
+    "threshold": ThresholdPruner,
+    "patient": PatientPruner,
+}
+
+
+def _section_of(place: Sequence[str | int]) -> type[_Section] | None:
+    """The section that holds the last part of pydantic's location."""
+    match list(place[:-1]):
+        case []:
+            return StudyConfig
+        case ["train"]:
+            return TrainSettings
+        case ["space", _]:
+            return SpaceEntry
+        case ["sampler", tag]:
+            return SAMPLERS.get(str(tag))
+        case ["pruner", tag] | ["pruner", "patient", "wrapped", tag]:
+            return PRUNERS.get(str(tag))
+        case ["objective"]:
+            return ObjectiveConfig
+        case ["tracking"]:
+            return TrackingConfig
+    return None
+
+
+def _dotted(place: Sequence[str | int]) -> str:
+    """Pydantic's location as the user would write it: without the tags of sampler and pruner."""
+    parts: list[str] = []
+    previous: str | int = ""
+    for part in place:
+        if isinstance(part, int) and parts:
+            parts[-1] += f"[{part}]"
+        elif not (previous in ("sampler", "pruner", "wrapped") and part in {**SAMPLERS, **PRUNERS}):
+            parts.append(str(part))
+        previous = part
+    return ".".join(parts)
+
+
+def _from_pydantic(error: ErrorDetails) -> Problem:
+    place, value, kind = error["loc"], error["input"], error["type"]
+    key = _dotted(place)
+    if place[:2] == ("objective", "weights"):
+        key = ".".join(["objective", *map(str, place[2:])])
+    section = _section_of(place)
+    if kind == "extra_forbidden" and section is not None:
+        names = sorted(section.model_fields, key=lambda name: name != "name")
+        return Problem(key, f"unknown key (value {_show(value)}){_closest(place[-1], names)}", ", ".join(names))
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        return _tag_problem(key, value)
+    field = _field(place)
+    if kind in ("model_type", "dict_type", "model_attributes_type"):
+        return Problem(key, f"got {_show(value)}", _describe(field) if field else "a mapping of keys to values")
+    if kind == "missing":
+        return Problem(key, "missing", f"{_describe(field)} (required)" if field else "a value (required)")
+    return Problem(key, f"got {_show(value)}", _describe(field) if field else str(error["msg"]))
+
+
+def _tag_problem(key: str, value: object) -> Problem:
+    names = list(SAMPLERS) if key == "sampler" else list(PRUNERS)
+    if key.endswith("wrapped"):
+        names = [name for name in names if name not in ("none", "patient")]
+    if isinstance(value, dict):
+        found = value.get("name")
+        what = f"got {_show(found)}{_closest(found, names)}" if "name" in value else "missing"
+        return Problem(f"{key}.name", what, f"one of {', '.join(names)}")
+    return Problem(key, f"got {_show(value)}", f"one of {', '.join(names)}, or a mapping with name and options")
+
+
+def _field(place: Sequence[str | int]) -> FieldInfo | None:
+    names = [part for part in place if isinstance(part, str)]
+    if place[:2] == ("objective", "weights") and len(place) > 2:
+        return FieldInfo.from_annotation(cast("type[Any]", Annotated[float, Field(gt=0)]))
+    if place and isinstance(place[-1], int):
+        return FieldInfo.from_annotation(float)
+    section = _section_of(names)
+    return section.model_fields.get(names[-1]) if section else None
+
+
+def _describe(field: FieldInfo) -> str:
+    """What a field allows, in words, from its own declaration."""
+    extra = field.json_schema_extra
+    if isinstance(extra, dict) and "allowed" in extra:
+        return str(extra["allowed"])
+    return _in_words(field.annotation, field.metadata)
+
+
+def _in_words(annotation: Any, metadata: Sequence[Any] = ()) -> str:
+    """A type in words, such as `a whole number >= 1`."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _in_words(arguments[0], [*arguments[1:], *metadata])
+    if origin in (Union, UnionType):
+        return " or ".join(_in_words(option, metadata) for option in arguments if option is not NoneType)
+    if origin is Literal:
+        return f"one of {', '.join(map(str, arguments))}"
+    if origin is tuple:
+        return "a list of numbers"
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}
+    return " ".join([names.get(annotation, "a mapping of keys to values"), " and ".join(_bounds(metadata))]).strip()
+
+
+def _bounds(metadata: Sequence[Any]) -> Iterator[str]:
+    for item in metadata:
+        if isinstance(item, FieldInfo):
+            yield from _bounds(item.metadata)
+        for name, sign in (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"), ("multiple_of", "a multiple of")):
+            if not isinstance(item, FieldInfo) and getattr(item, name, None) is not None:
+                yield f"{sign} {getattr(item, name):g}"
+
+
+# ---- completing and checking -----------------------------------------------------------------------------------------
+
+
+def _with_absolute_paths(config: StudyConfig, folder: Path | None) -> StudyConfig:
+    if folder is None:
+        return config
+    changes: dict[str, Any] = {}
+    if config.builtin_data is None:
+        changes["data"] = str(_absolute(folder, Path(config.data)))
+    if isinstance(config.base_hyp, Path):
+        changes["base_hyp"] = _absolute(folder, config.base_hyp)
+    if config.train.weights is not None:
+        changes["train"] = config.train.model_copy(update={"weights": _absolute(folder, config.train.weights)})
+    return config.model_copy(update=changes)
+
+
+def _absolute(folder: Path, path: Path) -> Path:
+    return (folder / path.expanduser()).resolve()
+
+
+def _with_first_rung(config: StudyConfig, *, chosen: bool) -> StudyConfig:
+    """Fill `pruner.min_epochs`: a fifth of the epochs, on the grid of evaluated epochs.
+
+    A study too short to prune anything falls back to no pruner, unless its file asks for one.
+    """
+    pruner, every = config.pruner, config.train.eval_every
+    if isinstance(pruner, NonePruner):
+        return config
+    first = pruner.min_epochs or math.ceil(max(1, config.train.epochs / 5) / every) * every
+    if not chosen and first >= config.train.epochs:
+        return config.model_copy(update={"pruner": NonePruner(name="none")})
+    changes: dict[str, Any] = {"min_epochs": first}
+    if isinstance(pruner, PatientPruner) and pruner.wrapped is not None and pruner.wrapped.min_epochs is None:
+        changes["wrapped"] = pruner.wrapped.model_copy(update={"min_epochs": first})
+    return config.model_copy(update={"pruner": pruner.model_copy(update=changes)})
+
+
+def _check_meaning(config: StudyConfig, *, check_files: bool) -> Iterator[Problem]:
+    if check_files:
+        yield from _check_files(config)
+    elif config.builtin_data is not None and config.builtin_data not in BUILTIN_DATA:
+        yield _unknown_builtin(config)
+    yield from _check_train(config)
+    yield from _check_space(config)
+    yield from _check_base(config)
+    yield from _check_sampler(config)
+    yield from _check_pruner(config)
+    yield from _check_objective(config)
+    yield from _check_tracking(config)
+
+
+def _unknown_builtin(config: StudyConfig) -> Problem:
+    return Problem(
+        "data", f"got {_show(config.data)}", " or ".join(f"builtin:{name}" for name in BUILTIN_DATA) + ", or a path"
+    )
+
+
+def _check_files(config: StudyConfig) -> Iterator[Problem]:
+    if config.builtin_data is None:
+        if not Path(config.data).is_file():
+            yield Problem("data", f"got {_show(config.data)}, no such file", "a data set YAML, or builtin:digits")
+    elif config.builtin_data not in BUILTIN_DATA:
+        yield _unknown_builtin(config)
+    if config.train.weights is not None and not config.train.weights.is_file():
+        found = f"got {_show(config.train.weights)}, no such file (nothing is downloaded)"
+        yield Problem(
+            "train.weights", found, "an existing .pt or .safetensors file, or no key at all to train from scratch"
+        )
+    if isinstance(config.base_hyp, Path) and not config.base_hyp.is_file():
+        yield Problem("base_hyp", f"got {_show(config.base_hyp)}, no such file", "a hyp YAML, or a mapping of hyp keys")
+
+
+def _check_train(config: StudyConfig) -> Iterator[Problem]:
+    train = config.train
+    if train.eval_every > train.epochs:
+        yield Problem("train.eval_every", f"got {train.eval_every}", f"1 to train.epochs ({train.epochs})")
+
+
+def _check_space(config: StudyConfig) -> Iterator[Problem]:
+    if not config.space:
+        yield Problem("space", "is empty", "at least one hyp key, such as box: {low: 0.02, high: 0.2, log: true}")
+    for name, entry in config.space.items():
+        key = f"space.{name}"
+        if name in IGNORED_KEYS:
+            yield Problem(key, "does nothing in YOLOv5, searching it is a waste", "a hyp key that has an effect")
+        elif name not in HYPERPARAMETER_KEYS:
+            names = [other for other in HYPERPARAMETER_KEYS if other not in IGNORED_KEYS]
+            yield Problem(key, f"unknown hyp key{_closest(name, names)}", ", ".join(names))
+        else:
+            yield from _check_limits(key, name, entry)
+            yield from _check_entry(key, entry)
+
+
+def _check_limits(key: str, name: str, entry: SpaceEntry) -> Iterator[Problem]:
+    smallest, largest = RANGES[name]
+    values = [("low", entry.low), ("high", entry.high)]
+    values += [(f"choices[{index}]", choice) for index, choice in enumerate(entry.choices or ())]
+    for part, value in values:
+        if value is not None and not smallest <= value <= largest:
+            yield Problem(f"{key}.{part}", f"got {value:g}", f"{smallest:g} to {largest:g}")
+
+
+def _check_entry(key: str, entry: SpaceEntry) -> Iterator[Problem]:
+    low, high, step = entry.low, entry.high, entry.step
+    if entry.choices is not None:
+        others = [part for part in ("low", "high", "step", "log") if getattr(entry, part) not in (None, False)]
+        if others:
+            yield Problem(key, f"has choices and {', '.join(others)}", "either choices, or low and high")
+        if len(entry.choices) < 2 or len(set(entry.choices)) < len(entry.choices):
+            yield Problem(f"{key}.choices", f"got {_show(list(entry.choices))}", "at least two different numbers")
+        return
+    if low is None or high is None:
+        missing = " and ".join(part for part, value in (("low", low), ("high", high)) if value is None)
+        yield Problem(key, f"{missing} missing", "low and high, or choices")
+    elif low >= high:
+        yield Problem(key, f"low {low:g}, high {high:g}", "low < high (a fixed value belongs into base_hyp)")
+    elif entry.log and low <= 0:
+        yield Problem(f"{key}.low", f"got {low:g} with log: true", "low > 0 on a logarithmic scale")
+    elif entry.log and step is not None:
+        yield Problem(f"{key}.step", f"got {step:g} with log: true", "either log or step")
+    elif step is not None and not _on_grid(high, low, step):
+        yield Problem(f"{key}.step", f"got {step:g}", f"a step that divides high - low = {high - low:g}")
+
+
+def _on_grid(value: float, low: float, step: float) -> bool:
+    steps = (value - low) / step
+    return abs(steps - round(steps)) < 1e-8
+
+
+def _check_base(config: StudyConfig) -> Iterator[Problem]:
+    if isinstance(config.base_hyp, Path) and not config.base_hyp.is_file():
+        return
+    problems = list(_check_base_keys(config.base_hyp or {}))
+    yield from problems
+    if problems:
+        return
+    base = config.base_hyperparameters().to_mapping()
+    for name, entry in config.space.items():
+        sound = name in base and not [*_check_entry(name, entry)]
+        if sound and not entry.contains(base[name]):
+            yield Problem(
+                f"space.{name}", f"the base value {base[name]:g} is not in {entry.describe()}", _base_advice(name)
+            )
+
+
+def _check_base_keys(base_hyp: Path | Mapping[str, Any]) -> Iterator[Problem]:
+    if isinstance(base_hyp, Path):
+        try:
+            Hyperparameters.from_yaml(base_hyp)
+        except HyperparameterError as error:
+            found, _, allowed = str(error).partition("; ")
+            yield Problem("base_hyp", found, re.sub(r"^allowed (is|are) ", "", allowed) or "a hyp YAML")
+        return
+    for name, value in base_hyp.items():
+        key = f"base_hyp.{name}"
+        if name not in (*HYPERPARAMETER_KEYS, "anchors"):
+            hint = _closest(name, HYPERPARAMETER_KEYS)
+            yield Problem(key, f"unknown hyp key (value {_show(value)}){hint}", ", ".join(HYPERPARAMETER_KEYS))
+            continue
+        try:
+            Hyperparameters.from_mapping({name: value}, "base_hyp")
+        except HyperparameterError:
+            low, high = RANGES[name]
+            yield Problem(key, f"got {_show(value)}", f"a number from {low:g} to {high:g}")
+
+
+def _base_advice(name: str) -> str:
+    return f"values that include the base, which is trial 0; widen space.{name} or set base_hyp.{name}"
+
+
+def _check_sampler(config: StudyConfig) -> Iterator[Problem]:
+    name = config.sampler.name
+    if name == "grid":
+        yield from _check_grid(config)
+    if name == "cmaes":
+        for key, entry in config.space.items():
+            if entry.choices is not None:
+                yield Problem(
+                    f"space.{key}", "has choices, which cmaes cannot search", "low and high, or another sampler"
+                )
+        if len(config.space) == 1:
+            yield Problem(
+                "sampler.name", 'got "cmaes" with one searched key', "cmaes with two keys or more, or another sampler"
+            )
+
+
+def _check_grid(config: StudyConfig) -> Iterator[Problem]:
+    size = 1
+    for key, entry in config.space.items():
+        values = entry.grid() if not [*_check_entry(key, entry)] else ()
+        if values is None:
+            yield Problem(
+                f"space.{key}", f"{entry.describe()} has no end for sampler grid", "choices, or low, high and step"
+            )
+        size *= len(values or ())
+    if 0 < size < config.trials:
+        yield Problem("trials", f"got {config.trials}", f"1 to {size}, the number of combinations of sampler grid")
+
+
+def _check_pruner(config: StudyConfig) -> Iterator[Problem]:
+    pruner, train = config.pruner, config.train
+    if isinstance(pruner, NonePruner):
+        return
+    parts: list[tuple[str, Any]] = [("pruner", pruner)]
+    if isinstance(pruner, PatientPruner) and pruner.wrapped is not None:
+        parts.append(("pruner.wrapped", pruner.wrapped))
+    for key, part in parts:
+        first = part.min_epochs or 0
+        if first >= train.epochs:
+            yield Problem(
+                f"{key}.min_epochs", f"got {first}", f"less than train.epochs ({train.epochs}), or pruner: none"
+            )
+        elif first % train.eval_every:
+            yield Problem(f"{key}.min_epochs", f"got {first}", f"a multiple of train.eval_every ({train.eval_every})")
+        if isinstance(part, ThresholdPruner):
+            yield from _check_threshold(key, part)
+
+
+def _check_threshold(key: str, pruner: ThresholdPruner) -> Iterator[Problem]:
+    if pruner.lower is None and pruner.upper is None:
+        yield Problem(key, "threshold without limits", "lower, upper or both")
+    elif pruner.lower is not None and pruner.upper is not None and pruner.lower >= pruner.upper:
+        yield Problem(key, f"lower {pruner.lower:g}, upper {pruner.upper:g}", "lower < upper")
+
+
+def _check_objective(config: StudyConfig) -> Iterator[Problem]:
+    if not config.objective.weights:
+        yield Problem("objective", "names no metric", f"{', '.join(METRICS)} or {CLASS_AP}NAME")
+    for term in config.objective.weights:
+        if term not in METRICS and not (term.startswith(CLASS_AP) and term != CLASS_AP):
+            found = f"unknown metric {_show(term)}{_closest(term, METRICS)}"
+            yield Problem("objective", found, f"{', '.join(METRICS)} or {CLASS_AP}NAME")
+
+
+def _check_tracking(config: StudyConfig) -> Iterator[Problem]:
+    """Passwords must not stand in a file that people share; the line does not repeat it."""
+    uri = config.tracking.uri
+    if uri is not None and "@" in urlsplit(uri).netloc:
+        host = urlsplit(uri).netloc.rpartition("@")[2]
+        found = f"got an address of {host} with user name or password"
+        yield Problem(
+            "tracking.uri", found, "an address without them; put them into the environment (MLFLOW_TRACKING_URI)"
+        )
+
+
+def shared_keys(config: StudyConfig) -> tuple[str, ...]:
+    """The searched keys that all slots of a pack must share, so that such a study trains one trial at a time."""
+    return tuple(key for key in config.space if key in SHARED_KEYS)
