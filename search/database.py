@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar
 import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.engine import URL, Connection, Engine, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
+from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, NoSuchModuleError
 from sqlalchemy.pool import NullPool
 
 from search.errors import DatabaseError, UserInputError
@@ -276,9 +276,14 @@ def retry(operation: Callable[[], T], patience: float) -> T:
 
 @contextlib.contextmanager
 def database_errors(url: str | URL) -> Iterator[None]:
-    """Turns a driver's error into one line of `DatabaseError` that names the masked URL."""
+    """Turns a driver's error into one line of `DatabaseError` that names the masked URL.
+
+    A violated constraint passes unchanged: only the caller can say what it means.
+    """
     try:
         yield
+    except IntegrityError:
+        raise
     except DBAPIError as error:
         raise DatabaseError(f"{mask_url(url)}: {_first_line(error.orig or error)}") from error
 

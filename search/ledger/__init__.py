@@ -1,1 +1,16 @@
-"""The tables that hold the truth of a study: tickets and epoch reports."""
+"""The ledger: our own tables beside Optuna's, and the only truth of a trial's state."""
+
+from search.ledger.claims import MAX_STALLED
+from search.ledger.ledger import Ledger
+from search.ledger.records import EpochRow, StudyRecord, Ticket, TicketState, WorkerRow, WorkerState
+
+__all__ = [
+    "MAX_STALLED",
+    "EpochRow",
+    "Ledger",
+    "StudyRecord",
+    "Ticket",
+    "TicketState",
+    "WorkerRow",
+    "WorkerState",
+]

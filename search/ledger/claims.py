@@ -1,0 +1,136 @@
+"""Who gets which ticket: claims, take-overs and the end of attempts. All functions run inside the caller's transaction.
+
+A transaction that locks rows here has them to itself: PostgreSQL skips rows that another claim holds (SKIP LOCKED) and
+looks again at those that changed meanwhile; on SQLite the whole transaction is exclusive (BEGIN IMMEDIATE).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from search.errors import StudyStoppedError
+from search.ledger.records import Ticket, TicketState
+from search.ledger.rows import TICKET_COLUMNS, clock, read_study, read_ticket, ticket_of
+from search.ledger.tables import ticket_table
+
+MAX_STALLED = 3
+"""After so many attempts in a row without a new checkpoint a trial is FAIL."""
+
+_columns = ticket_table.c
+_is_running = _columns.state == TicketState.RUNNING
+_stalled_if_taken = sa.case(
+    (_is_running & (_columns.epochs_done <= _columns.epochs_at_claim), _columns.stalled_attempts + 1),
+    else_=_columns.stalled_attempts,
+)
+
+
+def claim(
+    connection: Connection, study: str, kind: str, worker: str, limit: int, lease_seconds: float, token: str
+) -> tuple[Ticket, ...]:
+    """Leases up to `limit` tickets that can train together: all have the same `epochs_done`.
+
+    Started tickets go first, so that interrupted trials end before new ones begin; then by number. A ticket on its last
+    chance is claimed alone, so that a trial that kills its worker cannot spend the last chance of its neighbours.
+
+    Raises:
+        UnknownStudyError, StudyStoppedError.
+    """
+    record = read_study(connection, study)
+    if record.stop_reason is not None:
+        raise StudyStoppedError(f"study {study!r} was stopped: {record.stop_reason}")
+    now = clock(connection)
+    first = _first_startable(connection, study, kind, now)
+    if first is None:
+        return ()
+    chosen = [first]
+    if first.stalled_attempts < MAX_STALLED - 1:
+        companions = (_columns.epochs_done == first.epochs_done) & (_columns.id != first.id)
+        with_chances = companions & (_stalled_if_taken < MAX_STALLED - 1)
+        others = _lock_claimable(connection, study, kind, now, limit - 1, with_chances)
+        chosen.extend(_end_expired(connection, ticket) for ticket in others)
+    _lease(connection, chosen, worker, now, lease_seconds, token)
+    return claimed_with(connection, token)
+
+
+def claimed_with(connection: Connection, token: str) -> tuple[Ticket, ...]:
+    """What the claim with this token holds."""
+    query = sa.select(*TICKET_COLUMNS).where((_columns.token == token) & _is_running).order_by(_columns.number)
+    return tuple(ticket_of(row) for row in connection.execute(query))
+
+
+def _first_startable(connection: Connection, study: str, kind: str, now: float) -> Ticket | None:
+    """The next ticket in order, locked; those that have no attempt left become FAIL on the way."""
+    while found := _lock_claimable(connection, study, kind, now, 1, sa.true()):
+        ticket = _end_expired(connection, found[0])
+        if ticket.state is TicketState.WAITING:
+            return ticket
+    return None
+
+
+def _lock_claimable(
+    connection: Connection, study: str, kind: str, now: float, limit: int, condition: sa.ColumnElement[bool]
+) -> list[Ticket]:
+    if limit < 1:
+        return []
+    free = (_columns.state == TicketState.WAITING) | (_is_running & (_columns.lease_expires < now))
+    query = (
+        sa.select(*TICKET_COLUMNS)
+        .where((_columns.study == study) & (_columns.kind == kind) & free & condition)
+        .order_by(sa.case((_columns.epochs_done > 0, 0), else_=1), _columns.number)
+        .limit(limit)
+        .with_for_update(skip_locked=True)
+    )
+    return [ticket_of(row) for row in connection.execute(query)]
+
+
+def _end_expired(connection: Connection, ticket: Ticket) -> Ticket:
+    if ticket.state is TicketState.WAITING:
+        return ticket
+    return end_attempt(connection, ticket, "its lease expired")
+
+
+def end_attempt(connection: Connection, ticket: Ticket, why: str) -> Ticket:
+    """Ends a locked RUNNING ticket's attempt as a crash: WAITING again, or FAIL after too many stalled attempts."""
+    progressed = ticket.epochs_done > ticket.epochs_at_claim
+    stalled = 0 if progressed else ticket.stalled_attempts + 1
+    ending = f"attempt {ticket.attempt} on {ticket.worker}: {why} ({ticket.epochs_done} epochs done)"
+    history = [*ticket.history, ending]
+    values: dict[str, Any] = {"worker": None, "lease_expires": None, "stalled_attempts": stalled, "history": history}
+    if stalled < MAX_STALLED:
+        values["state"] = TicketState.WAITING
+    else:
+        values |= {
+            "state": TicketState.FAIL,
+            "reason": f"{stalled} attempts without progress: {'; '.join(history[-stalled:])}",
+            "finished": clock(connection),
+        }
+    connection.execute(sa.update(ticket_table).where(_columns.id == ticket.id).values(**values))
+    return read_ticket(connection, ticket.id)
+
+
+def release(connection: Connection, worker: str, why: str) -> int:
+    """Ends every attempt that `worker` is running; the number of them."""
+    query = sa.select(*TICKET_COLUMNS).where((_columns.worker == worker) & _is_running).order_by(_columns.id)
+    tickets = [ticket_of(row) for row in connection.execute(query.with_for_update())]
+    for ticket in tickets:
+        end_attempt(connection, ticket, why)
+    return len(tickets)
+
+
+def _lease(
+    connection: Connection, tickets: Sequence[Ticket], worker: str, now: float, lease_seconds: float, token: str
+) -> None:
+    statement = sa.update(ticket_table).where(_columns.id.in_([ticket.id for ticket in tickets]))
+    connection.execute(
+        statement.values(
+            state=TicketState.RUNNING,
+            attempt=_columns.attempt + 1,
+            worker=worker,
+            lease_expires=now + lease_seconds,
+            epochs_at_claim=_columns.epochs_done,
+            started=sa.func.coalesce(_columns.started, now),
+            token=token,
+        )
+    )

@@ -1,0 +1,543 @@
+"""The `Ledger`: the only truth of what a study's trials are and who owns them."""
+
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.exc import IntegrityError
+
+from search.database import READ_ONLY, check_study_name, database_errors, named_lock, retry
+from search.errors import DatabaseError
+from search.ledger import claims, schema
+from search.ledger.records import EpochRow, StudyRecord, Ticket, TicketState, WorkerRow, WorkerState
+from search.ledger.rows import (
+    TICKET_COLUMNS,
+    clock,
+    epoch_of,
+    finite_or_none,
+    held,
+    lock_held,
+    read_epoch,
+    read_study,
+    read_ticket,
+    study_of,
+    ticket_of,
+    update_held,
+    worker_of,
+)
+from search.ledger.tables import epoch_table, study_table, ticket_table, worker_table
+
+SEARCH = "search"
+ASK_LOCK_SECONDS = 600.0
+
+T = TypeVar("T")
+
+
+class Ledger:
+    """Tickets, epoch reports, studies and workers in a database that many processes share.
+
+    Contract:
+    - A write of a ticket's holder takes effect only while (id, attempt) is RUNNING; else `LeaseLostError` is raised and
+      nothing is written. An expired lease still counts as held until somebody takes the ticket over.
+    - Every method is one transaction, and repeating it changes nothing more. Lost connections, restarts and busy files
+      are retried for `patience` seconds, then `DatabaseError` is raised with the password masked.
+    - Leases and heartbeats run on the database's clock (on SQLite: this host's). All times are UTC epoch seconds.
+    - Numbers that are not finite: an objective `value` becomes None, a metric keeps its value.
+    """
+
+    def __init__(self, engine: Engine, *, patience: float = 60.0) -> None:
+        """Uses `engine` (from `search.database.make_engine`); connects to nothing yet."""
+        self._engine = engine
+        self._patience = patience
+
+    # -- schema and studies -------------------------------------------------------------------------------------------
+
+    def initialise(self) -> None:
+        """Creates or upgrades the tables under a lock. Raises DatabaseError for a foreign or a newer schema."""
+        schema.initialise(self._engine)
+
+    def check_schema(self) -> None:
+        """For readers: raises DatabaseError unless this version's tables are there. Writes nothing."""
+        schema.check_schema(self._engine)
+
+    def create_study(
+        self,
+        record: StudyRecord,
+        tickets: Sequence[Mapping[str, Any] | None],
+        link0: tuple[int, int, Mapping[str, Any]] | None = None,
+    ) -> bool:
+        """Creates a study and its budget in one step.
+
+        Args:
+            record: name, frozen configuration, fingerprint, versions and time of creation.
+            tickets: for each ticket in order of its number the fixed parameters, None to let the sampler choose.
+            link0: trial id, trial number and parameters of the trial that ticket 0 owns already.
+
+        Returns:
+            False if a study of this name exists; then nothing was written.
+        """
+        check_study_name(record.name)
+        token = uuid.uuid4().hex
+
+        def create(connection: Connection) -> None:
+            values = {name: getattr(record, name) for name in StudyRecord.__dataclass_fields__}
+            connection.execute(sa.insert(study_table).values(**values, token=token))
+            _insert_tickets(connection, record.name, SEARCH, 0, tickets, token)
+            if link0 is not None:
+                trial_id, trial_number, params = link0
+                first = (ticket_table.c.study == record.name) & (ticket_table.c.number == 0)
+                link = {"trial_id": trial_id, "trial_number": trial_number, "params": dict(params)}
+                connection.execute(sa.update(ticket_table).where(first).values(**link))
+
+        try:
+            self._write(create)
+        except IntegrityError:
+            creator = sa.select(study_table.c.token).where(study_table.c.name == record.name)
+            return self._read(lambda connection: connection.execute(creator).scalar_one_or_none()) == token
+        return True
+
+    def study(self, name: str) -> StudyRecord:
+        """The study's record. Raises UnknownStudyError naming those that exist."""
+        return self._read(lambda connection: study_of(read_study(connection, name)))
+
+    def studies(self) -> tuple[StudyRecord, ...]:
+        """All studies, oldest first."""
+        query = sa.select(study_table).order_by(study_table.c.created, study_table.c.name)
+        return self._read(lambda connection: tuple(study_of(row) for row in connection.execute(query)))
+
+    def set_summary_run(self, name: str, run_id: str) -> None:
+        """Stores the MLflow run that sums the study up."""
+        self._update_study(name, {"summary_run_id": run_id})
+
+    def stop(self, name: str, reason: str | None) -> None:
+        """No more tickets are given out, for `reason`; None lets the study go on, and old failures count no more."""
+
+        def update(connection: Connection) -> None:
+            values: dict[str, Any] = {"stop_reason": reason}
+            if reason is None:
+                values["resumed"] = clock(connection)
+            _update_study(connection, name, values)
+
+        self._write(update)
+
+    def add_tickets(self, study: str, count: int, *, kind: str = SEARCH) -> None:
+        """Raises the budget by `count`; the numbers stay gapless whoever else does so at the same time."""
+        token = uuid.uuid4().hex
+
+        def add(connection: Connection) -> None:
+            read_study(connection, study, lock=True)
+            of_kind = (ticket_table.c.study == study) & (ticket_table.c.kind == kind)
+            added = sa.select(sa.func.count()).where(of_kind & (ticket_table.c.token == token))
+            if connection.execute(added).scalar_one():
+                return
+            highest = connection.execute(sa.select(sa.func.max(ticket_table.c.number)).where(of_kind)).scalar()
+            start = 0 if highest is None else highest + 1
+            _insert_tickets(connection, study, kind, start, [None] * count, token)
+
+        self._write(add)
+
+    # -- claiming -----------------------------------------------------------------------------------------------------
+
+    def claim(
+        self, study: str, worker: str, limit: int, lease_seconds: float, *, kind: str = SEARCH
+    ) -> tuple[Ticket, ...]:
+        """Leases up to `limit` tickets to `worker`, all with the same `epochs_done`; () if none is free now.
+
+        Interrupted trials come first, then by number. A ticket with `trial_id` continues that trial. Tickets whose
+        lease expired are taken over; one that made no progress in `MAX_STALLED` attempts in a row becomes FAIL instead.
+
+        Raises:
+            UnknownStudyError: no such study.
+            StudyStoppedError: the study gives out no more tickets.
+        """
+        token = uuid.uuid4().hex
+        tries = 0
+
+        def claim(connection: Connection) -> tuple[Ticket, ...]:
+            nonlocal tries
+            tries += 1
+            # An earlier try may have been committed although its answer was lost.
+            earlier = claims.claimed_with(connection, token) if tries > 1 else ()
+            return earlier or claims.claim(connection, study, kind, worker, limit, lease_seconds, token)
+
+        return self._write(claim) if limit > 0 else ()
+
+    def renew(self, worker: str, ticket_ids: Iterable[int], lease_seconds: float) -> set[int]:
+        """Extends the leases that `worker` still holds, counted from now; returns their ticket ids."""
+        mine = (
+            ticket_table.c.id.in_(sorted(ticket_ids))
+            & (ticket_table.c.worker == worker)
+            & (ticket_table.c.state == TicketState.RUNNING)
+        )
+
+        def renew(connection: Connection) -> set[int]:
+            # Locked in the order of the ids, as everywhere, so that two renewals cannot wait for each other.
+            query = sa.select(ticket_table.c.id).where(mine).order_by(ticket_table.c.id).with_for_update()
+            ids = set(connection.execute(query).scalars())
+            expires = clock(connection) + lease_seconds
+            connection.execute(sa.update(ticket_table).where(ticket_table.c.id.in_(ids)).values(lease_expires=expires))
+            return ids
+
+        return self._write(renew)
+
+    def hand_back(self, tickets: Iterable[Ticket]) -> set[int]:
+        """Gives tickets back gracefully, at their last checkpoint and at no charge.
+
+        Returns:
+            The ids that went back; a ticket that is no longer held is left alone.
+        """
+
+        def hand_back(connection: Connection) -> set[int]:
+            given = set()
+            values = {"state": TicketState.WAITING, "worker": None, "lease_expires": None}
+            for ticket in sorted(tickets, key=lambda ticket: ticket.id):
+                if connection.execute(sa.update(ticket_table).where(held(ticket)).values(**values)).rowcount:
+                    given.add(ticket.id)
+            return given
+
+        tickets = tuple(tickets)
+        return self._write(hand_back)
+
+    def abandon(self, ticket: Ticket, reason: str) -> Ticket:
+        """Ends this attempt as a crash: WAITING again, or FAIL after too many without progress."""
+
+        def abandon(connection: Connection) -> Ticket:
+            lock_held(connection, ticket)
+            return claims.end_attempt(connection, read_ticket(connection, ticket.id), reason)
+
+        return self._write(abandon)
+
+    def release_worker(self, worker_id: str, reason: str = "its worker died") -> int:
+        """For the launcher of a dead worker: its tickets can be claimed at once, and each attempt counts as a crash.
+
+        Returns:
+            How many tickets it held.
+        """
+
+        def release(connection: Connection) -> int:
+            dead = sa.update(worker_table).where(worker_table.c.id == worker_id)
+            connection.execute(dead.values(state=WorkerState.DEAD))
+            return claims.release(connection, worker_id, reason)
+
+        return self._write(release)
+
+    # -- a holder's writes --------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def ask_lock(self, study: str, timeout: float = ASK_LOCK_SECONDS) -> Iterator[None]:
+        """Held around Optuna's `ask` and `link_trial`; freed when the process dies.
+
+        Under it, a RUNNING trial that no ticket links was left by a crash between the two and may be adopted.
+        """
+        with named_lock(self._engine.url, f"ask-{check_study_name(study)}", timeout):
+            yield
+
+    def linked_trial_ids(self, study: str, among: Iterable[int] | None = None) -> set[int]:
+        """Ids of the Optuna trials that tickets own; with `among` only those of them, which is cheaper."""
+        trial_id = ticket_table.c.trial_id
+        query = sa.select(trial_id).where((ticket_table.c.study == study) & trial_id.is_not(None))
+        if among is not None:
+            query = query.where(trial_id.in_(sorted(among)))
+        return self._read(
+            lambda connection: {number for number in connection.execute(query).scalars() if number is not None}
+        )
+
+    def link_trial(self, ticket: Ticket, trial_id: int, trial_number: int, params: Mapping[str, Any]) -> Ticket:
+        """Stores which Optuna trial, with which parameters, this ticket pays for; once and for all its attempts.
+
+        Raises:
+            LeaseLostError: the ticket is no longer held.
+            DatabaseError: the ticket has another trial already, or another ticket has this one.
+        """
+
+        def link(connection: Connection) -> Ticket:
+            lock_held(connection, ticket)
+            linked = read_ticket(connection, ticket.id).trial_id
+            if linked not in {None, trial_id}:
+                raise DatabaseError(f"ticket {ticket.number} of study {ticket.study!r} already owns trial id {linked}")
+            return update_held(connection, ticket, trial_id=trial_id, trial_number=trial_number, params=dict(params))
+
+        try:
+            return self._write(link)
+        except IntegrityError:
+            raise DatabaseError(f"trial id {trial_id} of study {ticket.study!r} belongs to another ticket") from None
+
+    def set_run(self, ticket: Ticket, run_id: str) -> Ticket:
+        """Stores the MLflow run of the trial. Raises LeaseLostError."""
+        return self._write(lambda connection: update_held(connection, ticket, run_id=run_id))
+
+    def record_epoch(
+        self,
+        ticket: Ticket,
+        epoch: int,
+        value: float | None,
+        metrics: Mapping[str, float],
+        stored_at: float | None = None,
+    ) -> EpochRow:
+        """Stores the report of an evaluated epoch, unless an earlier attempt already did.
+
+        Args:
+            ticket: as claimed.
+            epoch: 0-based.
+            value: the objective; stored as None if it is not finite.
+            metrics: what the mirrors send.
+            stored_at: UTC epoch seconds; by default now on the database's clock.
+
+        Returns:
+            The row as stored: the first commit's numbers, whatever was passed.
+
+        Raises:
+            LeaseLostError: the ticket is no longer held; nothing was written.
+        """
+
+        def record(connection: Connection) -> EpochRow:
+            lock_held(connection, ticket)
+            if stored := read_epoch(connection, ticket.id, epoch):
+                return stored
+            row = {
+                "ticket_id": ticket.id,
+                "epoch": epoch,
+                "attempt": ticket.attempt,
+                "value": finite_or_none(value),
+                "metrics": {key: float(number) for key, number in metrics.items()},
+                "stored_at": clock(connection) if stored_at is None else stored_at,
+            }
+            connection.execute(sa.insert(epoch_table).values(**row))
+            return _existing_epoch(connection, ticket, epoch)
+
+        return self._write(record)
+
+    def decide(self, ticket: Ticket, epoch: int, prune: bool) -> EpochRow:
+        """Stores the pruner's decision on a reported epoch unless it has one; returns the row with what holds.
+
+        Raises:
+            LeaseLostError: the ticket is no longer held; nothing was written.
+            LookupError: the epoch was not reported.
+        """
+
+        def decide(connection: Connection) -> EpochRow:
+            lock_held(connection, ticket)
+            columns = epoch_table.c
+            undecided = (columns.ticket_id == ticket.id) & (columns.epoch == epoch) & columns.prune.is_(None)
+            connection.execute(sa.update(epoch_table).where(undecided).values(prune=bool(prune)))
+            return _existing_epoch(connection, ticket, epoch)
+
+        return self._write(decide)
+
+    def save_progress(self, ticket: Ticket, epochs_done: int, checkpoint: str | None) -> Ticket:
+        """Stores where the next attempt starts. Call it once the checkpoint is on disk.
+
+        A lower `epochs_done` than before (the checkpoint could not be read: the trial starts over) is allowed.
+        Progress clears `stalled_attempts`. Raises LeaseLostError.
+        """
+        columns = ticket_table.c
+        values = {
+            "epochs_done": epochs_done,
+            "checkpoint": checkpoint,
+            "stalled_attempts": sa.case((columns.epochs_at_claim < epochs_done, 0), else_=columns.stalled_attempts),
+            "epochs_at_claim": sa.case(
+                (columns.epochs_at_claim > epochs_done, epochs_done), else_=columns.epochs_at_claim
+            ),
+        }
+        return self._write(lambda connection: update_held(connection, ticket, **values))
+
+    def finish(
+        self,
+        ticket: Ticket,
+        state: TicketState,
+        value: float | None,
+        reason: str | None,
+        best_epoch: int | None = None,
+    ) -> Ticket:
+        """Spends the ticket. Finishing twice with the same state is allowed.
+
+        Raises:
+            LeaseLostError: the ticket is no longer held; nothing was written.
+            ValueError: `state` is not final, or COMPLETE comes without a finite value.
+        """
+        if not state.is_final:
+            raise ValueError(f"{state} does not finish a ticket")
+        if state is TicketState.COMPLETE and finite_or_none(value) is None:
+            raise ValueError(f"COMPLETE needs a finite value, not {value}")
+
+        def finish(connection: Connection) -> Ticket:
+            stored = read_ticket(connection, ticket.id)
+            if stored.attempt == ticket.attempt and stored.state is state:
+                return stored
+            return update_held(
+                connection,
+                ticket,
+                state=state,
+                value=finite_or_none(value),
+                reason=reason,
+                best_epoch=best_epoch,
+                lease_expires=None,
+                finished=clock(connection),
+            )
+
+        return self._write(finish)
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    def ticket(self, ticket_id: int) -> Ticket:
+        """One ticket. Raises LookupError."""
+        return self._read(lambda connection: read_ticket(connection, ticket_id))
+
+    def tickets(self, study: str) -> tuple[Ticket, ...]:
+        """All tickets of a study by kind and number."""
+        return self._tickets(ticket_table.c.study == study)
+
+    def unmirrored(self, study: str) -> tuple[Ticket, ...]:
+        """Finished tickets whose final state Optuna and MLflow may not have yet."""
+        final = ticket_table.c.state.in_([state for state in TicketState if state.is_final])
+        return self._tickets((ticket_table.c.study == study) & final & ticket_table.c.mirrored.is_(False))
+
+    def mark_mirrored(self, ticket_id: int) -> None:
+        """Notes that Optuna and MLflow have the final state; nothing happens for a ticket that is not final."""
+        final = ticket_table.c.state.in_([state for state in TicketState if state.is_final])
+        statement = sa.update(ticket_table).where((ticket_table.c.id == ticket_id) & final).values(mirrored=True)
+        self._write(lambda connection: connection.execute(statement))
+
+    def reports(self, ticket_id: int) -> tuple[EpochRow, ...]:
+        """The epoch rows of a ticket by epoch."""
+        query = sa.select(epoch_table).where(epoch_table.c.ticket_id == ticket_id).order_by(epoch_table.c.epoch)
+        return self._read(lambda connection: tuple(epoch_of(row) for row in connection.execute(query)))
+
+    def all_reports(self, study: str) -> dict[int, tuple[EpochRow, ...]]:
+        """The epoch rows of every ticket of a study that has some, by ticket id."""
+        query = (
+            sa.select(epoch_table)
+            .join(ticket_table, ticket_table.c.id == epoch_table.c.ticket_id)
+            .where(ticket_table.c.study == study)
+            .order_by(epoch_table.c.ticket_id, epoch_table.c.epoch)
+        )
+        grouped: dict[int, list[EpochRow]] = {}
+        for report in self._read(lambda connection: [epoch_of(row) for row in connection.execute(query)]):
+            grouped.setdefault(report.ticket_id, []).append(report)
+        return {ticket_id: tuple(rows) for ticket_id, rows in grouped.items()}
+
+    def counts(self, study: str) -> dict[TicketState, int]:
+        """How many tickets are in each state; every state is a key."""
+        state = ticket_table.c.state
+        query = sa.select(state, sa.func.count()).where(ticket_table.c.study == study).group_by(state)
+        found = self._read(lambda connection: {row[0]: row[1] for row in connection.execute(query)})
+        return {state: found.get(state, 0) for state in TicketState}
+
+    def failures_in_a_row(self, study: str) -> int:
+        """How many tickets failed since the last one that did not (or since the study was told to go on)."""
+        columns = ticket_table.c
+        of_study = columns.study == study
+        success = columns.state.in_([TicketState.COMPLETE, TicketState.PRUNED])
+
+        def count(connection: Connection) -> int:
+            resumed = read_study(connection, study).resumed or 0.0
+            last = connection.execute(sa.select(sa.func.max(columns.finished)).where(of_study & success)).scalar()
+            after = columns.finished > max(resumed, last or 0.0)
+            failed = sa.select(sa.func.count()).where(of_study & (columns.state == TicketState.FAIL) & after)
+            return int(connection.execute(failed).scalar_one())
+
+        return self._read(count)
+
+    # -- workers ------------------------------------------------------------------------------------------------------
+
+    def register_worker(self, worker_id: str, study: str, host: str, pid: int, device: str) -> WorkerRow:
+        """Announces a worker; its id must be new for every process start."""
+
+        def register(connection: Connection) -> WorkerRow:
+            read_study(connection, study)
+            now = clock(connection)
+            connection.execute(sa.delete(worker_table).where(worker_table.c.id == worker_id))
+            row = WorkerRow(id=worker_id, study=study, host=host, pid=pid, device=device, started=now, heartbeat=now)
+            values = {name: getattr(row, name) for name in WorkerRow.__dataclass_fields__}
+            connection.execute(sa.insert(worker_table).values(**values))
+            return row
+
+        return self._write(register)
+
+    def heartbeat(self, worker_id: str) -> None:
+        """Notes that the worker is alive."""
+        mine = sa.update(worker_table).where(worker_table.c.id == worker_id)
+        self._write(lambda connection: connection.execute(mine.values(heartbeat=clock(connection))))
+
+    def retire_worker(self, worker_id: str) -> None:
+        """Notes that the worker leaves by itself (after it handed its tickets back)."""
+        mine = sa.update(worker_table).where(worker_table.c.id == worker_id)
+        self._write(lambda connection: connection.execute(mine.values(state=WorkerState.EXITED)))
+
+    def workers(self, study: str) -> tuple[WorkerRow, ...]:
+        """All workers that ever registered, oldest first."""
+        query = sa.select(worker_table).where(worker_table.c.study == study)
+        ordered = query.order_by(worker_table.c.started, worker_table.c.id)
+        return self._read(lambda connection: tuple(worker_of(row) for row in connection.execute(ordered)))
+
+    # -- transactions -------------------------------------------------------------------------------------------------
+
+    def _write(self, operation: Callable[[Connection], T]) -> T:
+        def transaction() -> T:
+            with self._engine.begin() as connection:
+                return operation(connection)
+
+        return self._run(transaction)
+
+    def _read(self, operation: Callable[[Connection], T]) -> T:
+        def transaction() -> T:
+            with self._engine.connect().execution_options(**READ_ONLY) as connection:
+                return operation(connection)
+
+        return self._run(transaction)
+
+    def _run(self, transaction: Callable[[], T]) -> T:
+        with database_errors(self._engine.url):
+            return retry(transaction, self._patience)
+
+    def _tickets(self, condition: sa.ColumnElement[bool]) -> tuple[Ticket, ...]:
+        query = sa.select(*TICKET_COLUMNS).where(condition).order_by(ticket_table.c.kind.desc(), ticket_table.c.number)
+        return self._read(lambda connection: tuple(ticket_of(row) for row in connection.execute(query)))
+
+    def _update_study(self, name: str, values: Mapping[str, Any]) -> None:
+        self._write(lambda connection: _update_study(connection, name, values))
+
+
+def _update_study(connection: Connection, name: str, values: Mapping[str, Any]) -> None:
+    read_study(connection, name)
+    connection.execute(sa.update(study_table).where(study_table.c.name == name).values(**values))
+
+
+def _existing_epoch(connection: Connection, ticket: Ticket, epoch: int) -> EpochRow:
+    row = read_epoch(connection, ticket.id, epoch)
+    if row is None:
+        raise LookupError(f"trial {ticket.number} of study {ticket.study!r} has no report of epoch {epoch}")
+    return row
+
+
+def _insert_tickets(
+    connection: Connection,
+    study: str,
+    kind: str,
+    start: int,
+    fixed_params: Sequence[Mapping[str, Any] | None],
+    token: str,
+) -> None:
+    now = clock(connection)
+    common = {
+        "study": study,
+        "kind": kind,
+        "state": TicketState.WAITING,
+        "attempt": 0,
+        "epochs_done": 0,
+        "epochs_at_claim": 0,
+        "stalled_attempts": 0,
+        "history": [],
+        "mirrored": False,
+        "created": now,
+        "token": token,
+    }
+    rows = [
+        {**common, "number": number, "fixed_params": None if params is None else dict(params)}
+        for number, params in enumerate(fixed_params, start)
+    ]
+    if rows:
+        connection.execute(sa.insert(ticket_table), rows)

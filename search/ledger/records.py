@@ -1,0 +1,114 @@
+"""What the ledger hands out: frozen copies of its rows."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+
+class TicketState(StrEnum):
+    """WAITING and RUNNING are open; COMPLETE, PRUNED and FAIL are final and have spent the ticket."""
+
+    WAITING = "WAITING"
+    RUNNING = "RUNNING"
+    COMPLETE = "COMPLETE"
+    PRUNED = "PRUNED"
+    FAIL = "FAIL"
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the ticket is spent."""
+        return self in {TicketState.COMPLETE, TicketState.PRUNED, TicketState.FAIL}
+
+
+class WorkerState(StrEnum):
+    """RUNNING until the worker leaves by itself (EXITED) or its launcher sees it die (DEAD)."""
+
+    RUNNING = "RUNNING"
+    EXITED = "EXITED"
+    DEAD = "DEAD"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ticket:
+    """One unit of a study's budget and the trial that it pays for, as stored when it was read.
+
+    `attempt` grows by one with every claim. Whoever holds (id, attempt) while the state is RUNNING owns the trial.
+    """
+
+    id: int
+    study: str
+    number: int
+    kind: str
+    state: TicketState
+    attempt: int
+    worker: str | None
+    lease_expires: float | None
+    """UTC epoch seconds on the database's clock."""
+    fixed_params: dict[str, Any] | None
+    """Parameters that the trial must have (the base hyp); None lets the sampler choose."""
+    trial_id: int | None
+    trial_number: int | None
+    params: dict[str, Any] | None
+    run_id: str | None
+    epochs_done: int
+    """Epochs that a checkpoint holds; the next attempt starts here."""
+    epochs_at_claim: int
+    """`epochs_done` when the current attempt began."""
+    checkpoint: str | None
+    value: float | None
+    best_epoch: int | None
+    reason: str | None
+    stalled_attempts: int
+    """Attempts in a row that ended in a crash or an expired lease without a new checkpoint."""
+    history: tuple[str, ...]
+    """One line for each attempt that ended that way."""
+    mirrored: bool
+    """Whether Optuna and MLflow have the final state."""
+    created: float
+    started: float | None
+    finished: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EpochRow:
+    """What the ledger holds of one evaluated epoch. The first commit wins; mirrors send exactly these numbers."""
+
+    ticket_id: int
+    epoch: int
+    attempt: int
+    value: float | None
+    """The objective; None if it was not finite."""
+    metrics: dict[str, float]
+    stored_at: float
+    """UTC epoch seconds; sent to MLflow as the time of every metric of this epoch."""
+    prune: bool | None
+    """The pruner's decision; None as long as it has not been asked."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudyRecord:
+    """A study's frozen configuration and where it stands."""
+
+    name: str
+    config: Mapping[str, Any]
+    fingerprint: str
+    versions: Mapping[str, Any]
+    created: float
+    summary_run_id: str | None = None
+    stop_reason: str | None = None
+    """Why no more tickets are given out; None while the study may go on."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerRow:
+    """A worker process that has registered; times on the database's clock."""
+
+    id: str
+    study: str
+    host: str
+    pid: int
+    device: str
+    started: float
+    heartbeat: float
+    state: WorkerState = field(default=WorkerState.RUNNING)
