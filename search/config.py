@@ -239,13 +239,11 @@ class GpSampler(_Sampler):
 
 
 class CmaesSampler(_Sampler):
-    """Covariance matrix adaptation, started at the base hyp."""
+    """Covariance matrix adaptation, started in the middle of the ranges."""
 
     name: Literal["cmaes"]
     n_startup_trials: Annotated[Whole, Field(ge=1)] = 1
     """Random trials before the strategy starts."""
-    sigma0: Annotated[Number, Field(gt=0)] | None = None
-    """First standard deviation; by default a sixth of the smallest range."""
     popsize: Annotated[Whole, Field(ge=2)] | None = None
     """Trials per generation."""
     with_margin: StrictBool = False

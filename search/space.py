@@ -1,0 +1,81 @@
+"""The search space: from the study file to Optuna's distributions, and from a trial's parameters to hyperparameters."""
+
+import itertools
+import random
+from collections.abc import Mapping
+
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+
+from search.config import SpaceEntry, StudyConfig, shared_keys
+from search.errors import StudyConfigError
+from yolocore.hyperparameters import Hyperparameters
+
+
+def distributions(config: StudyConfig) -> dict[str, BaseDistribution]:
+    """The distribution of every searched key, in the order of the study file."""
+    return {key: _distribution(entry) for key, entry in config.space.items()}
+
+
+def _distribution(entry: SpaceEntry) -> BaseDistribution:
+    if entry.choices is not None:
+        return CategoricalDistribution(entry.choices)
+    assert entry.low is not None
+    assert entry.high is not None
+    return FloatDistribution(entry.low, entry.high, log=entry.log, step=entry.step)
+
+
+def base_params(config: StudyConfig) -> dict[str, float]:
+    """The base hyp's values of the searched keys: the parameters of trial 0.
+
+    Raises:
+        StudyConfigError: a base value that the search could never propose; names value and range.
+    """
+    base = config.base_hyperparameters().to_mapping()
+    for key, entry in config.space.items():
+        if not entry.contains(base[key]):
+            raise StudyConfigError(
+                f"study {config.name}: space.{key}: the base value {base[key]:g} is not in {entry.describe()}; "
+                "allowed: values that include the base, which is trial 0"
+            )
+    return {key: base[key] for key in config.space}
+
+
+def complete_params(config: StudyConfig, fixed: Mapping[str, float]) -> dict[str, float]:
+    """Fixed parameters of a ticket, completed by the base's values.
+
+    Raises:
+        StudyConfigError: a key that is not searched or a value outside its range.
+    """
+    for key, value in fixed.items():
+        entry = config.space.get(key)
+        if entry is None:
+            names = ", ".join(config.space)
+            raise StudyConfigError(f"study {config.name}: fixed parameter {key}: not in the space; allowed: {names}")
+        if not entry.contains(value):
+            raise StudyConfigError(
+                f"study {config.name}: fixed parameter {key}: got {value:g}; allowed: {entry.describe()}"
+            )
+    return {**base_params(config), **fixed}
+
+
+def grid_points(config: StudyConfig) -> tuple[dict[str, float], ...]:
+    """All combinations of a finite space: the base first, the others in an order that the sampler's seed shuffles.
+
+    Ticket n of a grid study takes point n, so that no two workers need to agree on anything.
+    """
+    base = base_params(config)
+    axes = [entry.grid() or () for entry in config.space.values()]
+    points = [dict(zip(config.space, values, strict=True)) for values in itertools.product(*axes)]
+    others = [point for point in points if any(abs(point[key] - base[key]) > 1e-9 for key in point)]
+    random.Random(config.sampler.seed).shuffle(others)
+    return (base, *others)
+
+
+def hyperparameters(base: Hyperparameters, params: Mapping[str, float]) -> Hyperparameters:
+    """The base with a trial's parameters in place."""
+    return base.replace(**{key: float(value) for key, value in params.items()})
+
+
+def pack_limit(config: StudyConfig) -> int:
+    """How many trials may share a pack: one if the search changes images or assignment, which a pack's slots share."""
+    return 1 if shared_keys(config) else config.train.pack

@@ -1,0 +1,494 @@
+"""The Optuna study: who proposes, who prunes, and the mirror of the ledger's trials.
+
+Optuna holds a copy of what the ledger knows, in the form that samplers and pruners read. Every function here can be
+repeated without changing the outcome, and waits out a database that is away for a while.
+
+Three rules make many workers safe:
+
+- `ask` is called with a ticket in hand and under the ledger's ask lock, together with the ticket's link. The trial
+  carries its ticket's number from the moment it exists, so that after a crash the same ticket finds it again.
+- The sampler of ticket n is seeded from the study's name, its seed and n. Two workers that shared a seed would propose
+  the same point; here a repeat of the same ticket does, and nobody else.
+- Steps are epochs done, counted from 1, on the study-wide grid of evaluated epochs.
+"""
+
+import hashlib
+import importlib.util
+import math
+import random
+import time
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.exceptions import ExperimentalWarning, StorageInternalError, UpdateFinishedTrialError
+from optuna.pruners import BasePruner
+from optuna.samplers import BaseSampler
+from optuna.storages import BaseStorage, RDBStorage
+from optuna.trial import FrozenTrial, TrialState
+
+from search.config import (
+    AshaPruner,
+    CmaesSampler,
+    GpSampler,
+    GridSampler,
+    HyperbandPruner,
+    MedianPruner,
+    NonePruner,
+    Nsga2Sampler,
+    ObjectiveConfig,
+    PatientPruner,
+    PrunerConfig,
+    QmcSampler,
+    RandomSampler,
+    StudyConfig,
+    ThresholdPruner,
+    TpeSampler,
+)
+from search.database import (
+    configure_sqlite,
+    database_errors,
+    engine_options,
+    init_lock,
+    is_transient,
+    make_engine,
+    mask_url,
+    refuse_foreign_schema,
+)
+from search.errors import DatabaseError, StudyConfigError, UnknownStudyError
+from search.space import base_params, complete_params, distributions, grid_points
+
+PATIENCE_SECONDS = 120.0
+"""How long a storage call is retried while the database is away."""
+
+TICKET_ATTR = "yolosearch:ticket"
+"""Attribute of a trial: number of the ticket that it was created for."""
+
+FIXED_ATTR = "yolosearch:fixed"
+"""Attribute of a trial whose parameters belong to its ticket alone."""
+
+ASKED_ATTR = "yolosearch:asked"
+"""Attribute of a trial: the step at which its pruner was asked last, and the rungs it had before."""
+
+_RUNG_PREFIX = "completed_rung_"
+
+T = TypeVar("T")
+
+
+class AskedTrial(NamedTuple):
+    """A trial in Optuna, ready to be linked to its ticket."""
+
+    trial_id: int
+    number: int
+    params: dict[str, Any]
+
+
+class Report(Protocol):
+    """An evaluated epoch as the ledger stores it."""
+
+    @property
+    def epoch(self) -> int:
+        """Epoch, counted from 0."""
+
+    @property
+    def value(self) -> float | None:
+        """The objective; None if it was not finite."""
+
+
+# ---- storage ---------------------------------------------------------------------------------------------------------
+
+
+def open_storage(url: str) -> RDBStorage:
+    """Optuna's tables in the database, created under a lock if they are missing.
+
+    SQLite gets WAL and BEGIN IMMEDIATE, PostgreSQL connections that are tested before use.
+
+    Raises:
+        DatabaseError: the database cannot be reached, or its schema belongs to something else.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    refuse_foreign_schema(make_engine(url, pooled=False))
+    try:
+        with database_errors(url), init_lock(url):
+            storage = RDBStorage(url, engine_kwargs=engine_options(url))
+            configure_sqlite(storage.engine)
+    except (StorageInternalError, RuntimeError) as error:
+        raise DatabaseError(f"{mask_url(url)}: {_first_line(error.__cause__ or error)}") from error
+    return storage
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return mask_url(lines[0].strip()) if lines else type(error).__name__
+
+
+def _retry(operation: Callable[[], T], patience: float = PATIENCE_SECONDS) -> T:
+    """Repeat an idempotent storage call, with growing pauses and jitter, while the database is away.
+
+    Raises:
+        DatabaseError: it was still away after `patience` seconds.
+    """
+    deadline = time.monotonic() + patience
+    pause = 0.05
+    while True:
+        try:
+            return operation()
+        except Exception as error:
+            if not _is_outage(error):
+                raise
+            if time.monotonic() + pause > deadline:
+                reason = _first_line(error.__cause__ or error)
+                raise DatabaseError(f"the study's database did not answer for {patience:g} s: {reason}") from error
+        time.sleep(random.uniform(0.5, 1.0) * pause)
+        pause = min(2 * pause, 3.0)
+
+
+def _is_outage(error: BaseException) -> bool:
+    """Whether waiting may help. Optuna wraps the driver's error; lost in mid-call, it can leave a name unbound."""
+    return isinstance(error, UnboundLocalError) or is_transient(error) or is_transient(error.__cause__ or error)
+
+
+# ---- samplers and pruners --------------------------------------------------------------------------------------------
+
+
+def ticket_seed(config: StudyConfig, ticket_number: int) -> int:
+    """The sampler's seed for one ticket, 32 bits: a function of the study's name, its seed and the ticket's number."""
+    text = f"{config.name}:{config.sampler.seed}:{ticket_number}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+
+
+def check_sampler(config: StudyConfig) -> None:
+    """Call before the start: samplers import what they need only in mid-study.
+
+    Raises:
+        StudyConfigError: a package that the sampler needs is not installed.
+    """
+    needs = {"gp": ("torch", "scipy"), "cmaes": ("cmaes",), "qmc": ("scipy",)}.get(config.sampler.name, ())
+    for package in needs:
+        if importlib.util.find_spec(package) is None:
+            name = config.sampler.name
+            raise StudyConfigError(
+                f"study {config.name}: sampler.name: {name} needs the package {package}, which is not installed; "
+                f"allowed: pip install {package}, or another sampler"
+            )
+
+
+def create_sampler(config: StudyConfig, seed: int) -> BaseSampler:
+    """The study's sampler.
+
+    Args:
+        config: the study.
+        seed: `ticket_seed` of the ticket it will serve. A QMC sequence is the study's own and takes the study's seed.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        return _create_sampler(config, seed)
+
+
+def _create_sampler(config: StudyConfig, seed: int) -> BaseSampler:
+    samplers = optuna.samplers
+    options = config.sampler.model_dump(exclude={"name", "seed"})
+    match config.sampler:
+        case TpeSampler():
+            return samplers.TPESampler(seed=seed, **options)
+        case GpSampler():
+            return samplers.GPSampler(seed=seed, warn_independent_sampling=False, **options)
+        case CmaesSampler():
+            return samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False, **options)
+        case Nsga2Sampler():
+            return samplers.NSGAIISampler(seed=seed, **options)
+        case QmcSampler():
+            return samplers.QMCSampler(seed=config.sampler.seed, warn_independent_sampling=False, **options)
+        case RandomSampler() | GridSampler():
+            return samplers.RandomSampler(seed=seed)
+
+
+def create_pruner(config: StudyConfig) -> BasePruner:
+    """The study's pruner; its steps are epochs done."""
+    return _create_pruner(config.pruner, config.train.epochs)
+
+
+def _create_pruner(pruner: PrunerConfig, epochs: int) -> BasePruner:
+    pruners = optuna.pruners
+    if isinstance(pruner, NonePruner):
+        return pruners.NopPruner()
+    first = pruner.min_epochs or 1
+    options = pruner.model_dump(exclude={"name", "min_epochs", "wrapped"})
+    match pruner:
+        case MedianPruner():
+            return pruners.MedianPruner(n_warmup_steps=first, **options)
+        case AshaPruner():
+            return pruners.SuccessiveHalvingPruner(min_resource=first, **options)
+        case HyperbandPruner():
+            return pruners.HyperbandPruner(min_resource=first, max_resource=epochs, **options)
+        case ThresholdPruner():
+            return pruners.ThresholdPruner(n_warmup_steps=first, **options)
+        case PatientPruner():
+            wrapped = None if pruner.wrapped is None else _create_pruner(pruner.wrapped, epochs)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ExperimentalWarning)
+                return pruners.PatientPruner(wrapped, **options)
+
+
+# ---- studies ---------------------------------------------------------------------------------------------------------
+
+
+def create_study(config: StudyConfig, storage: BaseStorage) -> AskedTrial:
+    """Create the Optuna study and its trial 0, the base; what exists already is kept.
+
+    Call it under `init_lock`: of two processes that create a study at once, one has to see the other's trial.
+
+    Returns:
+        Trial 0, RUNNING, to be linked to ticket 0.
+    """
+    study = _retry(
+        lambda: optuna.create_study(
+            study_name=config.name,
+            storage=storage,
+            direction="maximize",
+            sampler=create_sampler(config, ticket_seed(config, 0)),
+            pruner=create_pruner(config),
+            load_if_exists=True,
+        )
+    )
+    return ask(study, config, 0, linked=())
+
+
+def load_study(config: StudyConfig, storage: BaseStorage) -> optuna.Study:
+    """The Optuna study of a configuration, with its pruner.
+
+    Raises:
+        UnknownStudyError: the database has no study of that name.
+    """
+    sampler = create_sampler(config, ticket_seed(config, 0))
+    try:
+        return _retry(
+            lambda: optuna.load_study(
+                study_name=config.name, storage=storage, sampler=sampler, pruner=create_pruner(config)
+            )
+        )
+    except KeyError:
+        raise UnknownStudyError(
+            f"study {config.name}: not in the database; allowed: a study that `run` created"
+        ) from None
+
+
+def ask(
+    study: optuna.Study,
+    config: StudyConfig,
+    ticket_number: int,
+    linked: Collection[int],
+    fixed_params: Mapping[str, float] | None = None,
+) -> AskedTrial:
+    """The trial of a ticket that has none yet. Hold the ledger's ask lock until the ticket is linked.
+
+    A RUNNING trial that no ticket links is adopted before another one is created: the ticket's own, or one whose
+    parameters any ticket may take.
+
+    Args:
+        study: the Optuna study.
+        config: its configuration.
+        ticket_number: number of the ticket.
+        linked: ids of the trials that tickets link.
+        fixed_params: parameters that ride on the ticket; the base's values complete them.
+
+    Raises:
+        StudyConfigError: fixed parameters outside the space, or a ticket beyond the end of a grid.
+    """
+    fixed = _fixed_params(config, ticket_number, fixed_params)
+
+    def find_or_create() -> AskedTrial:
+        sampler = create_sampler(config, ticket_seed(config, ticket_number))
+        fresh = optuna.load_study(
+            study_name=study.study_name, storage=study._storage, sampler=sampler, pruner=study.pruner
+        )
+        trial_id = _adoptable(fresh, ticket_number, set(linked), is_fixed=fixed is not None)
+        if trial_id is None:
+            trial_id = _create_trial(fresh, config, ticket_number, fixed)
+        return _with_params(fresh, trial_id, distributions(config))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        return _retry(find_or_create)
+
+
+def _fixed_params(
+    config: StudyConfig, ticket_number: int, given: Mapping[str, float] | None
+) -> dict[str, float] | None:
+    if given is not None:
+        return complete_params(config, given)
+    if ticket_number == 0:
+        return base_params(config)
+    if not isinstance(config.sampler, GridSampler):
+        return None
+    points = grid_points(config)
+    if ticket_number >= len(points):
+        raise StudyConfigError(
+            f"study {config.name}: trials: ticket {ticket_number} is beyond the grid; allowed: 1 to {len(points)}"
+        )
+    return points[ticket_number]
+
+
+def _adoptable(study: optuna.Study, ticket_number: int, linked: set[int], *, is_fixed: bool) -> int | None:
+    left = [trial for trial in _running(study) if trial._trial_id not in linked]
+    own = [trial for trial in left if trial.user_attrs.get(TICKET_ATTR) == ticket_number]
+    free = [] if is_fixed else [trial for trial in left if not trial.user_attrs.get(FIXED_ATTR)]
+    return next((trial._trial_id for trial in [*own, *free]), None)
+
+
+def _create_trial(
+    study: optuna.Study, config: StudyConfig, ticket_number: int, fixed: Mapping[str, float] | None
+) -> int:
+    """A RUNNING trial that knows its ticket, and its fixed parameters, in one transaction."""
+    template = optuna.trial.create_trial(
+        state=TrialState.RUNNING,
+        params=dict(fixed or {}),
+        distributions=distributions(config) if fixed is not None else {},
+        user_attrs={TICKET_ATTR: ticket_number, **({FIXED_ATTR: True} if fixed is not None else {})},
+    )
+    return study._storage.create_new_trial(study._study_id, template_trial=template)
+
+
+def _with_params(study: optuna.Study, trial_id: int, space: Mapping[str, BaseDistribution]) -> AskedTrial:
+    """Let the sampler choose what the trial does not have yet: after a crash between two parameters, the rest."""
+    frozen = study._storage.get_trial(trial_id)
+    if set(frozen.params) >= set(space):
+        return AskedTrial(trial_id, frozen.number, {key: frozen.params[key] for key in space})
+    trial = optuna.Trial(study, trial_id)
+    return AskedTrial(trial_id, trial.number, {key: _suggest(trial, key, space[key]) for key in space})
+
+
+def _suggest(trial: optuna.Trial, key: str, distribution: BaseDistribution) -> float:
+    if isinstance(distribution, CategoricalDistribution):
+        return float(trial.suggest_categorical(key, distribution.choices))  # type: ignore[arg-type]
+    assert isinstance(distribution, FloatDistribution)
+    low, high, step = distribution.low, distribution.high, distribution.step
+    return trial.suggest_float(key, low, high, log=distribution.log, step=step)
+
+
+def _running(study: optuna.Study) -> list[FrozenTrial]:
+    return study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+
+
+def orphans(study: optuna.Study, linked: Collection[int]) -> tuple[int, ...]:
+    """Ids of the RUNNING trials that no ticket links. Under the ask lock these have lost their worker.
+
+    `ask` adopts them; what is left when all tickets are spent can be told FAIL.
+    """
+    known = set(linked)
+    return tuple(trial._trial_id for trial in _retry(lambda: _running(study)) if trial._trial_id not in known)
+
+
+# ---- the mirror ------------------------------------------------------------------------------------------------------
+
+
+def mirror_reports(study: optuna.Study, trial_id: int, rows: Iterable[Report]) -> int:
+    """Copy the ledger's rows into Optuna's intermediate values.
+
+    Args:
+        study: the Optuna study.
+        trial_id: the trial.
+        rows: evaluated epochs; one without a finite value is left out.
+
+    Returns:
+        How many values were missing or different and have been written; none in a finished trial.
+    """
+    values = {row.epoch + 1: row.value for row in rows if row.value is not None and math.isfinite(row.value)}
+
+    def write() -> int:
+        stored = study._storage.get_trial(trial_id)
+        if stored.state.is_finished():
+            return 0
+        missing = {step: value for step, value in values.items() if stored.intermediate_values.get(step) != value}
+        for step, value in sorted(missing.items()):
+            study._storage.set_trial_intermediate_value(trial_id, step, value)
+        return len(missing)
+
+    try:
+        return _retry(write)
+    except UpdateFinishedTrialError:
+        return 0
+
+
+def should_prune(study: optuna.Study, config: StudyConfig, trial_id: int, epochs_done: int) -> bool:
+    """Whether the trial should stop after `epochs_done` epochs. Its values have to be mirrored before.
+
+    Ask once per evaluation and keep the answer in the ledger: successive halving writes its rung before it answers. If
+    the answer is lost on the way to the ledger, asking again at the same epoch starts from the same rung.
+
+    Returns:
+        False for the base (trial 0 is the yardstick and always runs to its end), before the first rung, and at the last
+        epoch, where nothing is left to save.
+    """
+    pruner = config.pruner
+    if isinstance(pruner, NonePruner) or not (pruner.min_epochs or 1) <= epochs_done < config.train.epochs:
+        return False
+
+    def decide() -> bool:
+        trial = study._storage.get_trial(trial_id)
+        if trial.state.is_finished() or trial.last_step != epochs_done:
+            return False
+        trial = _before_asking(study._storage, trial, epochs_done)
+        return bool(study.pruner.prune(study, trial)) and trial.number != 0
+
+    try:
+        return _retry(decide)
+    except UpdateFinishedTrialError:
+        return False
+
+
+def _before_asking(storage: BaseStorage, trial: FrozenTrial, step: int) -> FrozenTrial:
+    """The trial without the rungs that an earlier, lost question at the same step has written."""
+    rungs = {key for key in trial.system_attrs if key.startswith(_RUNG_PREFIX)}
+    asked = trial.user_attrs.get(ASKED_ATTR)
+    if asked is None or asked["step"] != step:
+        storage.set_trial_user_attr(trial._trial_id, ASKED_ATTR, {"step": step, "rungs": sorted(rungs)})
+        return trial
+    repeated = rungs - set(asked["rungs"])
+    attrs = {key: value for key, value in trial.system_attrs.items() if key not in repeated}
+    copied = storage.get_trial(trial._trial_id)
+    copied.system_attrs = attrs
+    return copied
+
+
+def trial_value(objective: ObjectiveConfig, rows: Sequence[Report]) -> tuple[float, int] | None:
+    """What a trial is worth, and the epoch (from 0) it is worth it at; None if that is not finite.
+
+    Args:
+        objective: the last evaluated epoch counts, or the best one (the first of equals).
+        rows: all its evaluated epochs.
+    """
+    ordered = sorted(rows, key=lambda row: row.epoch)
+    finite = [(row.value, row.epoch) for row in ordered if row.value is not None and math.isfinite(row.value)]
+    if not finite:
+        return None
+    if objective.at == "best":
+        return max(finite, key=lambda pair: (pair[0], -pair[1]))
+    return finite[-1] if finite[-1][1] == ordered[-1].epoch else None
+
+
+def tell(study: optuna.Study, trial_id: int, state: str, value: float | None = None) -> None:
+    """Finish a trial in Optuna; one that is finished already stays as it is.
+
+    Args:
+        study: the Optuna study.
+        trial_id: the trial.
+        state: COMPLETE, PRUNED (Optuna takes the last intermediate value) or FAIL.
+        value: the objective of a COMPLETE trial; without a finite one the trial is FAIL.
+    """
+    final = TrialState[str(state)]
+    if final is TrialState.COMPLETE and (value is None or not math.isfinite(value)):
+        final = TrialState.FAIL
+    told = value if final is TrialState.COMPLETE else None
+
+    def finish() -> None:
+        trial = study._storage.get_trial(trial_id)
+        if not trial.state.is_finished():
+            study.tell(trial.number, told, state=final, skip_if_finished=True)
+
+    try:
+        _retry(finish)
+    except UpdateFinishedTrialError:
+        return
