@@ -170,5 +170,5 @@ def _suppress(candidates: _Candidates, iou: float, max_det: int, offset: float) 
                 unfilled.append(image)
             else:
                 found[image] = rows[i, keep[:max_det]]
-        pending, limit = unfilled, 4 * limit
+        pending, limit = unfilled, 2 * limit
     return found
