@@ -169,6 +169,20 @@ def test_evaluate_two_slots_equals_each_alone() -> None:
         assert together[slot].to_mapping() == pytest.approx(alone.to_mapping(), abs=1e-9)
 
 
+@pytest.mark.parametrize("channels", [slice(None), slice(0, 4)])  # everything, or the boxes alone
+def test_evaluate_slot_not_finite_fails_alone(channels: slice) -> None:
+    states, batches, precision = sample_states(), sample_batches(), resolve_precision("fp32", CPU)
+    model = YOLOv5.stack("n", 3, states)
+    healthy, _ = evaluate(model, batches, sample_weights(0.05, 0.05), 4.0, CPU, precision)
+    for level in range(3):
+        states[1][f"model.24.m.{level}.bias"].view(3, 8)[:, channels] = float("nan")
+    model = YOLOv5.stack("n", 3, states)
+    beside, broken = evaluate(model, batches, sample_weights(0.05, 0.05), 4.0, CPU, precision)
+    assert beside == healthy
+    assert np.isnan(broken.box_loss)
+    assert (broken.fitness, broken.images, broken.labels) == (0.0, 3, 12)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_evaluate_model_keeps_mode_and_statistics(training: bool) -> None:
     model = YOLOv5.stack("n", 3, sample_states()[:1]).train(training)
