@@ -318,7 +318,7 @@ class _ReadCells(torch.autograd.Function):
     def backward(ctx: Any, dense_gradient: Tensor, row_gradient: Tensor) -> tuple[Tensor | None, ...]:
         gradient = ctx.like.new_empty_strided(ctx.shape, ctx.stride).zero_()
         gradient[..., 4] = dense_gradient.reshape(ctx.shape[:-1])
-        # What the gradient of plain indexing calls: deterministic on every device, and "unsafe" because the forward pass
+        # What the gradient of plain indexing calls: deterministic on every device, and "unsafe" as the forward pass
         # has checked the bounds already. The public index_put_ would check them again and wait for the device.
         torch.ops.aten._index_put_impl_(gradient, [None, *ctx.saved_tensors], row_gradient, True, True)
         return gradient, None, None, None, None

@@ -3,8 +3,7 @@
 Fake tensors alone raise for data-dependent shapes, `.item()` and mixed devices, but let `.cpu()` pass.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -44,7 +43,7 @@ class DeviceGuard(TorchDispatchMode):
         if name in WAITS_FOR_DEVICE:
             raise DeviceGuardError(f"{func} waits for the device")
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if name in INDEXING and any(leaf.dtype in (torch.bool, torch.uint8) for leaf in tree_leaves(args[1])):
+        if name in INDEXING and any(_is_mask(leaf) for leaf in tree_leaves(args[1])):
             raise DeviceGuardError(f"{func} with a mask has a data-dependent shape")
         result = func(*args, **kwargs)
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
@@ -53,11 +52,8 @@ class DeviceGuard(TorchDispatchMode):
         return result
 
 
-@contextmanager
-def fake_cuda() -> Iterator[DeviceGuard]:
-    """Everything inside makes fake tensors, under the guard. Put them on `cuda`; no GPU is needed."""
-    with FakeTensorMode(), DeviceGuard() as guard:
-        yield guard
+def _is_mask(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.dtype in (torch.bool, torch.uint8)
 
 
 def backward(loss: Tensor) -> int:
@@ -85,7 +81,7 @@ def _call(node: Any, gradients: list[Tensor | None]) -> Any:
         leaf.grad = gradients[0] if leaf.grad is None else leaf.grad + gradients[0]
         return ()
     with torch.no_grad():
-        return node(*gradients)
+        return node(*gradients) if callable(node) else node.apply(*gradients)  # the latter: a torch.autograd.Function
 
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:
@@ -114,8 +110,14 @@ def _topological_order(root: Any) -> list[Any]:
     return order[::-1]
 
 
-def run_guarded(step: Callable[[], Any]) -> DeviceGuard:
-    """Run `step` on the fake device; raises DeviceGuardError or torch's own error if it breaks the rules."""
-    with fake_cuda() as guard:
-        step()
+def run_guarded(build: Callable[[], Any], step: Callable[[Any], Any]) -> DeviceGuard:
+    """Run `step(build())` on fake tensors, the step under the guard; no GPU is needed for tensors on `cuda`.
+
+    `build` makes model and batch, and may copy. `step` raises DeviceGuardError or torch's own error where it breaks
+    the rules.
+    """
+    with FakeTensorMode():
+        made = build()
+        with DeviceGuard() as guard:
+            step(made)
     return guard
