@@ -6,6 +6,7 @@ processes, prefetching and the place in the batch change nothing.
 
 import logging
 import os
+import signal
 import tempfile
 import weakref
 from collections import deque
@@ -124,6 +125,7 @@ class ImageCache:
         *,
         augmenting: bool,
         shared: bool = False,
+        memory: int | None = None,
     ) -> None:
         """Decode the images if they are to be kept.
 
@@ -133,6 +135,7 @@ class ImageCache:
             cache: Where decoded images are kept.
             augmenting: Whether they are for training (decides the interpolation).
             shared: Whether other processes will read them.
+            memory: Bytes that ``ram`` may take, else nothing is kept; None: what the system has free.
 
         Raises:
             DatasetError: An image cannot be decoded (``ram``).
@@ -142,7 +145,7 @@ class ImageCache:
         self._augmenting = augmenting
         self._shapes = tuple(resized_shape(item.size, image_size) for item in self._images)
         self._offsets = np.concatenate(([0], np.cumsum([3 * h * w for h, w in self._shapes], dtype=np.int64)))
-        self.mode: CacheMode = self._affordable(cache)
+        self.mode: CacheMode = self._affordable(cache, _available_memory() if memory is None else memory)
         self._file: Path | None = None
         self._pixels: UInt8Array | None = None
         if self.mode == "ram":
@@ -178,8 +181,7 @@ class ImageCache:
             state["_pixels"] = None
         return state
 
-    def _affordable(self, cache: CacheMode) -> CacheMode:
-        available = _available_memory()
+    def _affordable(self, cache: CacheMode, available: int | None) -> CacheMode:
         needed = int(self._offsets[-1] * _RAM_MARGIN)
         if cache == "ram" and available is not None and needed > available:
             _log.warning("cache ram: %.1f GB needed, %.1f GB free; images are read anew", needed / 1e9, available / 1e9)
@@ -397,6 +399,7 @@ def _as_it_is(item: Any) -> Any:
 
 def _start_worker(_: int) -> None:
     cv2.setNumThreads(0)  # the processes are the parallelism
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the trainer ends its workers
 
 
 class _Pipeline:
