@@ -529,7 +529,7 @@ def parse_study(
     try:
         config = StudyConfig.model_validate(data)
     except ValidationError as error:
-        problems = [_from_pydantic(details) for details in error.errors()]
+        problems = [_from_pydantic(details) for details in _without_echoes(error.errors())]
     if config is not None:
         config = _with_first_rung(_with_absolute_paths(config, folder), chosen="pruner" in data)
         problems = list(_check_meaning(config, check_files=folder is not None))
@@ -755,6 +755,19 @@ def _dotted(place: Sequence[str | int]) -> str:
     return ".".join(parts)
 
 
+def _without_echoes(errors: Sequence[ErrorDetails]) -> list[ErrorDetails]:
+    """Drop `data: missing` where `dat: unknown key, did you mean data?` says it all."""
+    unknown = [error["loc"] for error in errors if error["type"] == "extra_forbidden"]
+    return [
+        error
+        for error in errors
+        if error["type"] != "missing"
+        or not any(
+            place[:-1] == error["loc"][:-1] and _closest(place[-1], [str(error["loc"][-1])]) for place in unknown
+        )
+    ]
+
+
 def _from_pydantic(error: ErrorDetails) -> Problem:
     place, value, kind = error["loc"], error["input"], error["type"]
     key = _dotted(place)
@@ -916,8 +929,7 @@ def _check_space(config: StudyConfig) -> Iterator[Problem]:
             names = [other for other in HYPERPARAMETER_KEYS if other not in IGNORED_KEYS]
             yield Problem(key, f"unknown hyp key{_closest(name, names)}", ", ".join(names))
         else:
-            yield from _check_limits(key, name, entry)
-            yield from _check_entry(key, entry)
+            yield from [*_check_limits(key, name, entry)] or _check_entry(key, entry)
 
 
 def _check_limits(key: str, name: str, entry: SpaceEntry) -> Iterator[Problem]:
@@ -926,7 +938,7 @@ def _check_limits(key: str, name: str, entry: SpaceEntry) -> Iterator[Problem]:
     values += [(f"choices[{index}]", choice) for index, choice in enumerate(entry.choices or ())]
     for part, value in values:
         if value is not None and not smallest <= value <= largest:
-            yield Problem(f"{key}.{part}", f"got {value:g}", f"{smallest:g} to {largest:g}")
+            yield Problem(f"{key}.{part}", f"got {value:g}", f"a number from {smallest:g} to {largest:g}")
 
 
 def _check_entry(key: str, entry: SpaceEntry) -> Iterator[Problem]:
