@@ -18,6 +18,7 @@ from yolocore.training.optim import (
     ema_decay,
     initial_accumulate,
     parameter_group,
+    row_norms,
     scaled_weight_decay,
 )
 
@@ -253,3 +254,11 @@ def test_optimizer_slot_state_loaded_into_another_pack_continues_identically() -
     other.load_slot(0, state["buffers"], state["steps"])
     assert torch.equal(other.buffers["momentum"][0], optimizer.buffers["momentum"][1])
     assert float(other.steps) == 1
+
+
+def test_row_norms_millions_of_float32_values_are_accurate() -> None:
+    generator = torch.Generator().manual_seed(0)
+    flat = torch.randn(2, 1_767_976, generator=generator) * 1e-2
+    exact = flat.double().norm(dim=1)
+    assert float((row_norms(flat) / exact - 1).abs().max()) < 1e-6
+    assert row_norms(torch.tensor([[3.0, 4.0]])).tolist() == [5.0]

@@ -23,6 +23,7 @@ NOMINAL_BATCH_SIZE = 64
 CLIP_NORM = 10.0
 """Largest L2 norm of one slot's whole gradient."""
 MIN_WARMUP_ITERATIONS = 100
+NORM_PIECE = 1024
 EMA_DECAY = 0.9999
 EMA_RAMP = 2000.0
 """Optimiser steps over which the moving average's memory grows."""
@@ -191,6 +192,18 @@ class StepTable:
             stepped.append(tuple(flags))
         values = torch.tensor(rows, dtype=dtype).to(device)
         return cls(values, tuple(stepped), tuple(current))
+
+
+def row_norms(flat: Tensor) -> Tensor:
+    """L2 norm of each row of `[K, N]`: `[K]`.
+
+    Summed in pieces: on the CPU one float32 sum over millions of squares is wrong in the fourth digit, which decides
+    how much a gradient is clipped.
+    """
+    whole = flat.shape[1] // NORM_PIECE * NORM_PIECE
+    pieces = torch.linalg.vector_norm(torch.unflatten(flat[:, :whole], 1, (-1, NORM_PIECE)), dim=2)
+    norms: Tensor = torch.linalg.vector_norm(torch.cat((pieces, flat[:, whole:]), dim=1), dim=1)
+    return norms
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,376 @@
+"""The pack: K trials trained as one network, each slot with its own schedule, optimiser, average and fate.
+
+A pack is driven in epochs: `begin_epoch`, `train_step` for every batch, `end_epoch`; between epochs slots are read
+(`slot_state`), dropped and added. A train step never waits for the device: what the host must know was computed at the
+start of the epoch, and what went wrong on the device is read at its end.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from yolocore.assign import assign_targets
+from yolocore.device import Precision, autocast
+from yolocore.errors import TrainingError
+from yolocore.hyperparameters import SHARED_KEYS, Hyperparameters
+from yolocore.loss import DEFAULT_BALANCE, LossComponents, LossWeights, detection_loss, update_balance
+from yolocore.model import STRIDES, YOLOv5
+from yolocore.training.config import TrainConfig
+from yolocore.training.optim import CLIP_NORM, Clock, PackEMA, PackOptimizer, Schedule, StepTable, row_norms
+
+STATE_FORMAT = 1
+"""Version of the tree that `Pack.slot_state` gives."""
+
+INITIAL_LOSS_SCALE = 65536.0
+LOSS_SCALE_INTERVAL = 2000
+"""Sound steps after which the loss scale of a slot doubles (fp16 only)."""
+
+FAILURES = ("", "the loss is not finite", "the gradient is not finite", "the running statistics are not finite")
+_BAD_LOSS, _BAD_GRADIENT, _BAD_STATISTICS = 1, 2, 3
+
+
+@dataclass(frozen=True, slots=True)
+class PackSlot:
+    """A trial as it enters a pack."""
+
+    key: str
+    """Name of the trial, unique in the pack."""
+    hyperparameters: Hyperparameters
+    state: Mapping[str, Any]
+    """From `fresh_state`, or from `Pack.slot_state` to go on where another pack stopped."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one batch gave, still on the device."""
+
+    total: Tensor
+    """`[K]`: sum of the weighted items times the batch size."""
+    items: Tensor
+    """`[K, 3]`: weighted box, obj, cls."""
+    norm: Tensor | None
+    """`[K]`: gradient norms before clipping; None if no slot stepped."""
+    stepped: tuple[bool, ...]
+    """Whose turn it was to step (on the host)."""
+
+
+@dataclass(frozen=True, slots=True)
+class SlotEpoch:
+    """One slot's epoch, on the host."""
+
+    key: str
+    epoch: int
+    """The slot's own, from 0."""
+    items: tuple[float, float, float]
+    """Means of the weighted box, obj and cls over the batches."""
+    lr: tuple[float, float, float]
+    """Learning rates of the last batch: bias, decay, norm."""
+    failure: str | None
+    """Why the slot cannot go on, if so."""
+
+
+def fresh_state(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The state of a slot that has not trained yet.
+
+    As YOLOv5 does, the model starts from weights rounded to half precision once; the moving average keeps them whole.
+
+    Args:
+        weights: An official state dict, float32 or float64.
+    """
+    rounded = {name: t.half().to(t.dtype) if t.is_floating_point() else t for name, t in weights.items()}
+    return {
+        "format": STATE_FORMAT,
+        "clock": asdict(Clock()),
+        "model": rounded,
+        "ema": dict(weights),
+        "optimizer": None,
+        "balance": list(DEFAULT_BALANCE),
+        "loss_scale": [INITIAL_LOSS_SCALE, 0.0],
+    }
+
+
+class Pack:
+    """K models that train as one on one device.
+
+    Args:
+        config: What all slots share.
+        slots: At least one. They must agree on every key in `SHARED_KEYS`.
+        num_classes: C.
+        batches_per_epoch: Batches that every epoch has.
+        device: Where to train.
+        precision: fp32, bf16 or fp16 (autocast; the weights stay in the type of the states).
+
+    Raises:
+        TrainingError: The slots do not go together; the message names the key.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        slots: Sequence[PackSlot],
+        *,
+        num_classes: int,
+        batches_per_epoch: int,
+        device: torch.device,
+        precision: Precision = "fp32",
+    ) -> None:
+        self.config = config
+        self.num_classes = num_classes
+        self.batches_per_epoch = batches_per_epoch
+        self.device = device
+        self.precision = precision
+        self._assemble(slots)
+
+    def _assemble(self, slots: Sequence[PackSlot]) -> None:
+        """Build everything that has a slot axis."""
+        check_compatible(slots)
+        config, device = self.config, self.device
+        states = [slot.state for slot in slots]
+        self.keys = tuple(slot.key for slot in slots)
+        self.hyperparameters = tuple(slot.hyperparameters for slot in slots)
+        self.clocks = tuple(Clock(**state["clock"]) for state in states)
+        self.schedules = tuple(self._schedule(hyp) for hyp in self.hyperparameters)
+        weights = [{name: t.to(device) for name, t in state["model"].items()} for state in states]
+        self.model = YOLOv5.stack(config.model, self.num_classes, weights).to(device).train()
+        self.dtype = next(self.model.parameters()).dtype
+        self.optimizer = PackOptimizer(self.model, self.hyperparameters, config.batch_size, config.optimizer)
+        self.ema = PackEMA(self.model, self.optimizer)
+        self._not_averaged: list[dict[str, Tensor]] = []
+        for index, state in enumerate(states):
+            self._restore(index, state)
+        gains = [self._loss_weights(hyp) for hyp in self.hyperparameters]
+        self.loss_weights = LossWeights.stack(gains).to(device, self.dtype)
+        self.balance = self._vector([state["balance"] for state in states])
+        scale = self._vector([state["loss_scale"] for state in states])
+        self._loss_scale = scale[:, 0] if self.precision == "fp16" else torch.ones_like(scale[:, 0])
+        self._sound_steps = scale[:, 1].clone()
+        self._failure = torch.zeros(len(slots), dtype=torch.int64, device=device)
+        self._failed_at = torch.zeros(len(slots), dtype=self.dtype, device=device)
+        self._evaluation_model: YOLOv5 | None = None
+        self._table: StepTable | None = None
+        self._batch = 0
+
+    def _schedule(self, hyp: Hyperparameters) -> Schedule:
+        config = self.config
+        return Schedule(
+            hyperparameters=hyp,
+            epochs=config.epochs,
+            batches_per_epoch=self.batches_per_epoch,
+            batch_size=config.batch_size,
+            cosine=config.cos_lr,
+            adaptive=config.optimizer != "SGD",
+        )
+
+    def _loss_weights(self, hyp: Hyperparameters) -> LossWeights:
+        return LossWeights.from_hyperparameters(
+            hyp, self.num_classes, self.config.image_size, label_smoothing=self.config.label_smoothing
+        )
+
+    def _vector(self, values: Sequence[Any]) -> Tensor:
+        return torch.tensor(values, dtype=self.dtype).to(self.device)
+
+    def _restore(self, index: int, state: Mapping[str, Any]) -> None:
+        averaged = set(self.ema.layout.names)
+        self._not_averaged.append({name: t for name, t in state["ema"].items() if name not in averaged})
+        self.ema.load_slot(index, state["ema"])
+        remembered = state["optimizer"]
+        if remembered is None:
+            return
+        if remembered["name"] != self.config.optimizer:
+            name, wanted = remembered["name"], self.config.optimizer
+            raise TrainingError(f"slot {self.keys[index]}: its state is of optimizer {name}, not {wanted}")
+        self.optimizer.load_slot(index, remembered["buffers"], remembered["steps"])
+
+    @property
+    def epochs(self) -> tuple[int, ...]:
+        """Epochs that each slot has behind it."""
+        return tuple(clock.iteration // self.batches_per_epoch for clock in self.clocks)
+
+    def begin_epoch(self) -> None:
+        """Plan the epoch's steps and throw away what is left of unfinished accumulation."""
+        self.model.train()
+        self.optimizer.clear_gradients()
+        self._table = StepTable.make(self.schedules, self.clocks, self.batches_per_epoch, self.device, self.dtype)
+        self._sums = torch.zeros(len(self.keys), 3, dtype=self.dtype, device=self.device)
+        self._batch = 0
+
+    def train_step(self, images: Tensor, targets: Tensor) -> StepResult:
+        """Train every slot on one batch.
+
+        Args:
+            images: `[B, 3, H, W]` RGB, uint8, or floating point already divided by 255.
+            targets: `[T, 6]` rows (image, class, x, y, w, h), normalised; padding rows have image -1.
+        """
+        if self._table is None or self._batch >= self.batches_per_epoch:
+            raise TrainingError(f"batch {self._batch} is outside an epoch of {self.batches_per_epoch} batches")
+        rates, stepped = self._table.values[self._batch], self._table.stepped[self._batch]
+        self._batch += 1
+        return self._step(self._send(images), self._send(targets), rates, stepped)
+
+    def _send(self, tensor: Tensor) -> Tensor:
+        if self.device.type == "cuda" and tensor.device.type == "cpu":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
+
+    def _step(self, images: Tensor, targets: Tensor, rates: Tensor, stepped: tuple[bool, ...]) -> StepResult:
+        """One batch without a single wait for the device."""
+        loss = self._loss(images, targets)
+        # The slots share no parameter, so the gradient of the sum is each slot's own; the weights of the sum are the
+        # loss scales, and a slot whose loss is NaN spoils its own rows alone.
+        torch.autograd.backward([loss.total], [self._loss_scale])
+        total, items = loss.total.detach(), loss.weighted.detach()
+        with torch.no_grad():
+            self._mark(~torch.isfinite(total), _BAD_LOSS, rates)
+            self._sums += torch.where(self._failure.unsqueeze(1) == 0, items, 0.0)
+            if self.config.autobalance:
+                self.balance = update_balance(self.balance, loss.obj_levels.detach())
+            norm = self._optimise(rates, stepped) if any(stepped) else None
+        return StepResult(total, items, norm, stepped)
+
+    def _loss(self, images: Tensor, targets: Tensor) -> LossComponents:
+        pixels = images if images.is_floating_point() else images.to(self.dtype) / 255
+        height, width = pixels.shape[-2:]
+        grids = [(height // stride, width // stride) for stride in STRIDES]
+        threshold = self.hyperparameters[0].anchor_t
+        assignment = assign_targets(targets.to(self.dtype), grids, self.model.anchors, len(pixels), threshold)
+        with autocast(self.device, self.precision):
+            predictions: list[Tensor] = self.model(pixels)
+        return detection_loss(predictions, assignment, self.loss_weights, self.balance)
+
+    def _optimise(self, rates: Tensor, stepped: tuple[bool, ...]) -> Tensor:
+        norm = row_norms(self.optimizer.collect()) / self._loss_scale
+        turn, finite = rates[:, 4] > 0, torch.isfinite(norm)
+        overflow = turn & ~finite
+        if self.precision == "fp16":
+            self._mark(overflow & (self._loss_scale <= 1), _BAD_GRADIENT, rates)
+        else:
+            self._mark(overflow, _BAD_GRADIENT, rates)
+        alive = self._failure == 0
+        coefficient = torch.clamp(CLIP_NORM / (norm + 1e-6), max=1.0) / self._loss_scale
+        self.optimizer.step(rates, turn & alive & finite, coefficient)
+        self.optimizer.clear_stepped(stepped)
+        self.ema.update(rates[:, 5], turn & alive)
+        if self.precision == "fp16":
+            self._adapt_loss_scale(turn, overflow)
+        return norm
+
+    def _adapt_loss_scale(self, turn: Tensor, overflow: Tensor) -> None:
+        """Halve the scale of the slots that overflowed; double it after a long sound run. Nobody else notices."""
+        sound = torch.where(overflow, 0.0, self._sound_steps + turn)
+        grow = sound >= LOSS_SCALE_INTERVAL
+        factor = torch.where(overflow, 0.5, 1.0) * torch.where(grow, 2.0, 1.0)
+        self._loss_scale = self._loss_scale * factor
+        self._sound_steps = torch.where(grow, 0.0, sound)
+
+    def _mark(self, bad: Tensor, code: int, rates: Tensor) -> None:
+        """Remember the first failure of each slot, on the device."""
+        new = bad & (self._failure == 0)
+        self._failure = torch.where(new, code, self._failure)
+        self._failed_at = torch.where(new, rates[:, 6], self._failed_at)
+
+    def end_epoch(self) -> list[SlotEpoch]:
+        """Read what the epoch gave and move the clocks on. Waits for the device.
+
+        Raises:
+            TrainingError: The epoch did not have all its batches.
+        """
+        if self._table is None or self._batch != self.batches_per_epoch:
+            raise TrainingError(f"the epoch ended after {self._batch} of {self.batches_per_epoch} batches")
+        self._mark(~torch.isfinite(self.ema.flat).all(dim=1), _BAD_STATISTICS, self._table.values[-1])
+        means = (self._sums / self.batches_per_epoch).tolist()
+        failures = [self._failure_text(*pair) for pair in zip(*self._failures_on_host(), strict=True)]
+        lr = [schedule.at(clock.iteration - 1).lr for schedule, clock in self._ends()]
+        epochs = self.epochs
+        self.clocks, self._table = self._table.clocks, None
+        return [
+            SlotEpoch(key, epoch, (mean[0], mean[1], mean[2]), rate, failure)
+            for key, epoch, mean, rate, failure in zip(self.keys, epochs, means, lr, failures, strict=True)
+        ]
+
+    def _ends(self) -> list[tuple[Schedule, Clock]]:
+        assert self._table is not None
+        return list(zip(self.schedules, self._table.clocks, strict=True))
+
+    def _failures_on_host(self) -> tuple[list[int], list[float]]:
+        return self._failure.tolist(), self._failed_at.tolist()
+
+    def _failure_text(self, code: int, iteration: float) -> str | None:
+        if not code:
+            return None
+        epoch, batch = divmod(int(iteration), self.batches_per_epoch)
+        return f"{FAILURES[code]} (epoch {epoch}, batch {batch})"
+
+    def all_failed(self) -> bool:
+        """Whether no slot is left to train. Waits for the device."""
+        return bool((self._failure > 0).all())
+
+    def evaluation_model(self) -> YOLOv5:
+        """The moving averages of all slots as a model in evaluation mode, overwritten by the next call."""
+        if self._evaluation_model is None:
+            self._evaluation_model = self.model.select(range(len(self.keys))).eval().requires_grad_(False)
+        tensors = self._evaluation_model.official_tensors()
+        targets = [tensors[name] for name in self.ema.layout.names]
+        torch._foreach_copy_(targets, self.ema.layout.views(self.ema.flat))
+        return self._evaluation_model
+
+    def slot_weights(self, slot: int) -> dict[str, Tensor]:
+        """One slot's moving average as an official state dict, in official order."""
+        averaged = {**self._not_averaged[slot], **self.ema.slot_weights(slot)}
+        return {name: averaged[name] for name in self.model.state_dict() if name in averaged}
+
+    def slot_state(self, slot: int) -> dict[str, Any]:
+        """Everything one slot needs to go on elsewhere: plain data and tensors, between epochs only.
+
+        Raises:
+            TrainingError: In the middle of an epoch.
+        """
+        if self._table is not None:
+            raise TrainingError("the state of a slot can be read between epochs only")
+        scale = float(self._loss_scale[slot]) if self.precision == "fp16" else INITIAL_LOSS_SCALE
+        return {
+            "format": STATE_FORMAT,
+            "clock": asdict(self.clocks[slot]),
+            "model": self.model.unstack(slot),
+            "ema": self.slot_weights(slot),
+            "optimizer": self.optimizer.slot_state(slot),
+            "balance": self.balance[slot].tolist(),
+            "loss_scale": [scale, float(self._sound_steps[slot])],
+        }
+
+    def slots(self) -> list[PackSlot]:
+        """All slots as they stand, ready for another pack."""
+        parts = zip(self.keys, self.hyperparameters, strict=True)
+        return [PackSlot(key, hyp, self.slot_state(index)) for index, (key, hyp) in enumerate(parts)]
+
+    def drop(self, slots: Sequence[int]) -> None:
+        """Take slots out between epochs; the others go on as if nothing had happened.
+
+        Raises:
+            TrainingError: Nobody would be left.
+        """
+        gone = set(slots)
+        self._assemble([slot for index, slot in enumerate(self.slots()) if index not in gone])
+
+
+def check_compatible(slots: Sequence[PackSlot]) -> None:
+    """Check that slots can share one image stream and one assignment.
+
+    Raises:
+        TrainingError: No slot, a key twice, an unknown state, or hyperparameters that differ where they cannot.
+    """
+    if not slots:
+        raise TrainingError("a pack needs at least one slot")
+    keys = [slot.key for slot in slots]
+    twice = [key for key in keys if keys.count(key) > 1]
+    if twice:
+        raise TrainingError(f"slot {twice[0]} is in the pack twice")
+    for slot in slots:
+        if slot.state.get("format") != STATE_FORMAT:
+            raise TrainingError(f"slot {slot.key}: state of format {slot.state.get('format')}, not {STATE_FORMAT}")
+        for name in sorted(SHARED_KEYS):
+            first, other = getattr(slots[0].hyperparameters, name), getattr(slot.hyperparameters, name)
+            if first != other:
+                raise TrainingError(f"{name} cannot differ inside a pack: {first} in {keys[0]}, {other} in {slot.key}")
