@@ -346,6 +346,15 @@ def test_binary_cross_entropy_float32_tails_keep_their_digits() -> None:
     assert value.tolist() == pytest.approx([math.log1p(math.exp(-20))] * 2, rel=1e-6)
 
 
+@pytest.mark.parametrize("logit", [19.0, 21.0, 34.0, 36.0])
+def test_binary_cross_entropy_float64_large_logits_keep_every_digit(logit: float) -> None:
+    logits = torch.tensor([logit, -logit], dtype=torch.float64, requires_grad=True)
+    value = binary_cross_entropy(logits, torch.tensor([0.0, 1.0], dtype=torch.float64))
+    value.sum().backward()
+    assert value.tolist() == pytest.approx([logit + math.log1p(math.exp(-logit))] * 2, rel=1e-15)
+    assert logits.grad.tolist() == pytest.approx([1 / (1 + math.exp(-logit)), -1 / (1 + math.exp(-logit))], rel=1e-15)
+
+
 def test_focal_factor_literal_values() -> None:
     logits, target = torch.tensor([0.0, 0.0, math.log(3)]), torch.tensor([1.0, 0.0, 0.0])
     values = focal_factor(logits, target, torch.tensor(2.0))
