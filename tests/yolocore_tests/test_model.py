@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from device_guard import DeviceGuardError, backward, run_guarded
 from fill_rule import DEFAULT_ANCHORS, fill_image, nano_state
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from yolocore.assign import assign_targets
 from yolocore.errors import WeightsError
+from yolocore.loss import LossWeights, detection_loss
 from yolocore.model import ANCHORS_KEY, STRIDES, YOLOv5, initial_state
 from yolocore.model.anchors import grid_anchors, order_anchors
 from yolocore.model.blocks import concat_slots
@@ -366,9 +368,44 @@ def test_initial_state_weights_are_uniform_within_the_fan_in_bound() -> None:
 # Devices that are not here
 
 
-def test_forward_under_fake_cuda_needs_no_data() -> None:
-    with FakeTensorMode(), torch.device("cuda"):
-        model = YOLOv5("n", 3, 4).train()
-        raw = model(torch.empty(2, 3, 64, 96).to(memory_format=torch.channels_last))
-    assert [tuple(o.shape) for o in raw] == [(4, 2, 3, 8, 12, 8), (4, 2, 3, 4, 6, 8), (4, 2, 3, 2, 3, 8)]
-    assert {o.device.type for o in raw} == {"cuda"}
+def step(made: tuple[YOLOv5, Tensor, Tensor, LossWeights]) -> None:
+    """Image bytes to gradients, as a training step does it."""
+    model, images, targets, weights = made
+    raw = model(images.float() / 255)
+    grids = [(o.shape[3], o.shape[4]) for o in raw]
+    assert grids == [(8, 12), (4, 6), (2, 3)]
+    assignment = assign_targets(targets, grids, model.anchors, images.shape[0], 4.0)
+    components = detection_loss(raw, assignment, weights)
+    assert components.total.shape == (4,)
+    backward(components.total.sum())
+    for parameter in model.parameters():
+        assert parameter.grad is not None
+        assert model.per_slot(parameter.grad).shape[0] == 4
+        assert parameter.grad.device.type == "cuda"
+    for tensor in model.official_tensors().values():
+        tensor.mul_(2)
+
+
+def test_forward_loss_and_backward_of_four_slots_on_fake_cuda_never_wait_or_copy() -> None:
+    def build() -> tuple[YOLOv5, Tensor, Tensor, LossWeights]:
+        with torch.device("cuda"):
+            model = YOLOv5("n", 3, 4).train()
+            images = torch.empty(2, 3, 64, 96, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+            targets, ones = torch.empty(32, 6), torch.ones(4)
+        names = ("box", "obj", "cls", "cls_pw", "obj_pw", "fl_gamma", "label_smoothing")
+        return model, images, targets, LossWeights(**dict.fromkeys(names, ones), uses_focal=True)
+
+    assert run_guarded(build, step).calls > 1000
+
+
+def test_device_guard_stops_a_model_that_leaves_the_device() -> None:
+    def leave(model: YOLOv5) -> None:
+        model.head.register_forward_hook(lambda _module, _inputs, raw: [o.cpu() for o in raw])
+        model(torch.empty(1, 3, 64, 64, device="cuda"))
+
+    def build() -> YOLOv5:
+        with torch.device("cuda"):
+            return YOLOv5("n", 3, 2)
+
+    with pytest.raises(DeviceGuardError, match="crosses devices"):
+        run_guarded(build, leave)

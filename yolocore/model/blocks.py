@@ -182,11 +182,10 @@ class Detect(nn.Module):
         self.m = nn.ModuleList(nn.Conv2d(c * num_slots, out, 1, groups=num_slots) for c in c_in)
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """Maps [B, K*C_i, H, W] per level -> raw outputs [K, B, A, H, W, 5+C] per level, contiguous."""
+        """Maps [B, K*C_i, H, W] per level -> raw outputs [K, B, A, H, W, 5+C] per level, views."""
         return [self._arrange(conv(x)) for conv, x in zip(self.m, maps, strict=True)]
 
     def _arrange(self, raw: Tensor) -> Tensor:
         """[B, K*A*(5+C), H, W] -> [K, B, A, H, W, 5+C]."""
         split = torch.unflatten(raw, 1, (self.num_slots, self.num_anchors, self.num_outputs))
-        # Contiguous once here: the loss and the decoder both index flat cells.
-        return split.permute(1, 0, 2, 4, 5, 3).contiguous()
+        return split.permute(1, 0, 2, 4, 5, 3)  # no copy: the loss and the decoder read any strides

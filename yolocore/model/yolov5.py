@@ -198,8 +198,8 @@ class YOLOv5(nn.Module):
             images: [B, 3, H, W] floating point RGB in 0..1; H and W multiples of 32.
 
         Returns:
-            Per level [K, B, A, H/stride, W/stride, 5+C] logits (tx, ty, tw, th, objectness, classes), contiguous, the
-            same in training and evaluation mode.
+            Per level [K, B, A, H/stride, W/stride, 5+C] logits (tx, ty, tw, th, objectness, classes), the same in
+            training and evaluation mode; views of the convolution's output, so of any strides.
         """
         kept: dict[int, Tensor] = {}
         x = images
