@@ -452,3 +452,29 @@ def test_backward_of_the_guard_gives_the_engine_gradients() -> None:
     detection_loss(others, case.assignment(), case.weights).total.sum().backward()
     for prediction, other in zip(predictions, others, strict=True):
         torch.testing.assert_close(prediction.grad, other.grad, rtol=1e-4, atol=1e-10)
+
+
+# What docs/loss.md prints
+
+
+@pytest.mark.parametrize(
+    ("logit", "target", "costs"),
+    [
+        (-4.0, 0.0, [0.0181, 0.0136, 0.0018, 0.0000]),
+        (0.0, 0.0, [0.6931, 0.5199, 0.3676, 0.1838]),
+        (-2.0, 1.0, [2.1269, 0.5317, 0.4990, 0.4395]),
+        (2.0, 1.0, [0.1269, 0.0317, 0.0110, 0.0013]),
+    ],
+)
+def test_focal_table_of_the_documentation_holds(logit: float, target: float, costs: list[float]) -> None:
+    x, y = torch.tensor(logit), torch.tensor(target)
+    plain = binary_cross_entropy(x, y)
+    focal = [plain * focal_factor(x, y, torch.tensor(gamma)) for gamma in (1e-6, 0.5, 1.5)]
+    assert [float(value) for value in (plain, *focal)] == pytest.approx(costs, abs=5e-5)
+
+
+def test_obj_pw_optimum_of_the_documentation_is_two_thirds() -> None:
+    x = torch.tensor(math.log(2.0), dtype=torch.float64, requires_grad=True)
+    binary_cross_entropy(x, torch.tensor(0.5, dtype=torch.float64), 2.0).backward()
+    assert float(x.detach().sigmoid()) == pytest.approx(2 / 3)
+    assert float(x.grad) == pytest.approx(0.0, abs=1e-12)
