@@ -7,10 +7,11 @@ The parameters carry the official names (`model.<layer>...`) and hold the K slot
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from yolocore.errors import WeightsError
 from yolocore.model.anchors import STRIDES, grid_anchors
@@ -131,6 +132,18 @@ def detect_prior(num_classes: int, stride: float) -> Tensor:
     prior[4] = math.log(8 / (640 / stride) ** 2)
     prior[5:] = math.log(0.6 / (num_classes - 0.99999))
     return prior
+
+
+class _SkipRandomDraws(TorchFunctionMode):
+    """Leaves the weights of new layers as they lie in memory."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        arguments = kwargs or {}
+        if func in (nn.init.kaiming_uniform_, nn.init.uniform_):
+            return arguments["tensor"] if "tensor" in arguments else args[0]
+        return func(*args, **arguments)
 
 
 class YOLOv5(nn.Module):
@@ -283,8 +296,7 @@ class YOLOv5(nn.Module):
         first = next(iter(state_dicts[0].values()), torch.empty(0))
         dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
         if anchors is None and ANCHORS_KEY in state_dicts[0]:
-            grid = state_dicts[0][ANCHORS_KEY].float()
-            anchors = grid * torch.tensor(STRIDES, device=grid.device).view(-1, 1, 1)
+            anchors = state_dicts[0][ANCHORS_KEY].float().cpu() * torch.tensor(STRIDES).view(-1, 1, 1)
         model = cls._uninitialised(size, num_classes, len(state_dicts), anchors).to(first.device, dtype)
         for slot, state_dict in enumerate(state_dicts):
             model.load_slot(slot, state_dict)
@@ -310,13 +322,8 @@ class YOLOv5(nn.Module):
     @classmethod
     def _uninitialised(cls, size: ModelSize, num_classes: int, num_slots: int, anchors: Tensor | None) -> Self:
         """A float32 model on the CPU whose weights are about to be written: spares the random draws of a big stack."""
-        with torch.device("meta"):
-            model = cls(size, num_classes, num_slots)
-        model.to_empty(device="cpu")
-        strides = torch.tensor(STRIDES, dtype=torch.float32)
-        model.head.strides = strides
-        model.head.anchors = grid_anchors(None if anchors is None else anchors.cpu(), strides)
-        return model
+        with _SkipRandomDraws():
+            return cls(size, num_classes, num_slots, anchors)
 
     @staticmethod
     def _clone(tensor: Tensor) -> Tensor:
