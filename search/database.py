@@ -11,6 +11,7 @@ import os
 import random
 import re
 import sqlite3
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -358,6 +359,8 @@ def refuse_foreign_schema(engine: Engine) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Locks between processes
 
+_held_locks = threading.local()
+
 
 @contextlib.contextmanager
 def init_lock(url: str | URL, timeout: float = INIT_LOCK_SECONDS) -> Iterator[None]:
@@ -371,15 +374,23 @@ def named_lock(url: str | URL, name: str, timeout: float) -> Iterator[None]:
     """An exclusive lock between all users of a database, freed when its holder exits or dies.
 
     PostgreSQL: an advisory lock on a connection of its own. SQLite: `flock` on `<file>.<name>.lock`, which stays.
-    Not re-entrant.
+    A thread that holds it already passes through.
 
     Raises:
         DatabaseError: somebody else held it for all of `timeout` seconds, or the database cannot be reached.
     """
-    path = sqlite_path(url)
-    lock = _advisory_lock(url, name, timeout) if path is None else _file_lock(path, name, timeout)
-    with lock:
+    key = (make_url(url).render_as_string(hide_password=True), name)
+    mine: set[tuple[str, str]] = _held_locks.__dict__.setdefault("keys", set())
+    if key in mine:
         yield
+        return
+    path = sqlite_path(url)
+    with _advisory_lock(url, name, timeout) if path is None else _file_lock(path, name, timeout):
+        mine.add(key)
+        try:
+            yield
+        finally:
+            mine.remove(key)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,14 +22,17 @@ def postgres_server() -> Iterator[str]:
     # Not pytest's tmp_path: PostgreSQL must not run as root, and another user cannot enter pytest's private folders.
     folder = Path(tempfile.mkdtemp(prefix="yolosearch-pg-"))
     folder.chmod(0o755)
-    server = pgserver.get_server(folder / "data", cleanup_mode="stop")
+    server = pgserver.get_server(folder / "data", cleanup_mode=None)
     with psycopg.connect(server.get_uri(), autocommit=True) as connection:
         # The tests kill processes, never the machine: nothing has to reach the disk.
         connection.execute("ALTER SYSTEM SET fsync = off")
         connection.execute("SELECT pg_reload_conf()")
     yield server.get_uri()
-    os.kill(server.get_pid(), signal.SIGQUIT)  # at once: the data is thrown away
-    server.cleanup()
+    os.kill(server.get_pid(), signal.SIGQUIT)  # an immediate shutdown: the data is thrown away
+    for _ in range(100):
+        if not (folder / "data" / "postmaster.pid").exists():
+            break
+        time.sleep(0.1)
     shutil.rmtree(folder, ignore_errors=True)
 
 

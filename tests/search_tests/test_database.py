@@ -3,6 +3,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import optuna
@@ -272,16 +273,28 @@ def test_schema_owner_knows_empty_optuna_and_other(storage_url: str) -> None:
     engine.dispose()
 
 
+def _lock_error(url: str, name: str) -> str:
+    with pytest.raises(DatabaseError) as caught, named_lock(url, name, timeout=0.3):
+        pass
+    return str(caught.value)
+
+
+def test_named_lock_held_by_the_same_thread_passes_through_and_is_kept(storage_url: str) -> None:
+    with named_lock(storage_url, "x", timeout=5):
+        with named_lock(storage_url, "x", timeout=0.3):
+            pass
+        with ThreadPoolExecutor(1) as elsewhere:
+            assert "held the lock" in elsewhere.submit(_lock_error, storage_url, "x").result()
+
+
 def test_named_lock_held_elsewhere_raises_naming_it_and_other_names_are_free(storage_url: str) -> None:
     with named_lock(storage_url, "ask-s", timeout=5):
         with named_lock(storage_url, "ask-t", timeout=5):
             pass
-        with (
-            pytest.raises(DatabaseError, match="another process held the lock") as caught,
-            named_lock(storage_url, "ask-s", timeout=0.3),
-        ):
-            pass
-        assert "ask-s" in str(caught.value)
+        with ThreadPoolExecutor(1) as elsewhere:
+            error = elsewhere.submit(_lock_error, storage_url, "ask-s").result()
+        assert "another process held the lock" in error
+        assert "ask-s" in error
     with named_lock(storage_url, "ask-s", timeout=5):
         pass
 
