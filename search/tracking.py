@@ -28,7 +28,7 @@ from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 from search.database import make_engine, mask_url, named_lock, schema_owner, sqlite_path
-from search.errors import SearchError, UserInputError
+from search.errors import DatabaseError, SearchError, UserInputError
 
 logger = logging.getLogger(__name__)
 
@@ -222,7 +222,8 @@ def mask_secrets(text: str) -> str:
     for variable in SECRET_VARIABLES:
         if secret := os.environ.get(variable):
             text = text.replace(secret, "***")
-    return mask_url(text)
+    # The space makes it running text: a message that starts with a URL would be parsed, and written back, as one.
+    return mask_url(" " + text)[1:]
 
 
 def experiment_url(base_url: str, experiment_id: str) -> str:
@@ -588,6 +589,8 @@ def _tracking_errors(uri: str, action: str) -> Iterator[None]:
         if "Max retries exceeded" in reason:
             reason = "no connection"
         kind = TrackingUnavailableError if _is_outage(error) else TrackingError
+        if isinstance(error, DatabaseError):
+            raise TrackingUnavailableError(f"MLflow could not {action}: {error}") from None
         # `from None`: the original may carry the password in its text.
         raise kind(f"MLflow at {mask_secrets(uri)} could not {action}: {reason}") from None
 
