@@ -126,9 +126,9 @@ class Pack:
 
     def _assemble(self, slots: Sequence[PackSlot]) -> None:
         """Build everything that has a slot axis."""
-        check_compatible(slots)
         config, device = self.config, self.device
-        states = [slot.state for slot in slots]
+        check_compatible([slot.key for slot in slots], [slot.hyperparameters for slot in slots])
+        states = [_checked_state(slot) for slot in slots]
         self.keys = tuple(slot.key for slot in slots)
         self.hyperparameters = tuple(slot.hyperparameters for slot in slots)
         self.clocks = tuple(Clock(**state["clock"]) for state in states)
@@ -221,13 +221,17 @@ class Pack:
         # The slots share no parameter, so the gradient of the sum is each slot's own; the weights of the sum are the
         # loss scales, and a slot whose loss is NaN spoils its own rows alone.
         torch.autograd.backward([loss.total], [self._loss_scale])
+        return self._finish(loss, rates, stepped)
+
+    @torch.no_grad()
+    def _finish(self, loss: LossComponents, rates: Tensor, stepped: tuple[bool, ...]) -> StepResult:
+        """What follows the backward pass: bookkeeping, and the optimiser where it is somebody's turn."""
         total, items = loss.total.detach(), loss.weighted.detach()
-        with torch.no_grad():
-            self._mark(~torch.isfinite(total), _BAD_LOSS, rates)
-            self._sums += torch.where(self._failure.unsqueeze(1) == 0, items, 0.0)
-            if self.config.autobalance:
-                self.balance = update_balance(self.balance, loss.obj_levels.detach())
-            norm = self._optimise(rates, stepped) if any(stepped) else None
+        self._mark(~torch.isfinite(total), _BAD_LOSS, rates)
+        self._sums += torch.where(self._failure.unsqueeze(1) == 0, items, 0.0)
+        if self.config.autobalance:
+            self.balance = update_balance(self.balance, loss.obj_levels)
+        norm = self._optimise(rates, stepped) if any(stepped) else None
         return StepResult(total, items, norm, stepped)
 
     def _loss(self, images: Tensor, targets: Tensor) -> LossComponents:
@@ -275,12 +279,12 @@ class Pack:
         """Read what the epoch gave and move the clocks on. Waits for the device.
 
         Raises:
-            TrainingError: The epoch did not have all its batches.
+            TrainingError: The epoch did not have all its batches (it need not when every slot has failed).
         """
-        if self._table is None or self._batch != self.batches_per_epoch:
+        if self._table is None or (self._batch < self.batches_per_epoch and not self.all_failed()):
             raise TrainingError(f"the epoch ended after {self._batch} of {self.batches_per_epoch} batches")
         self._mark(~torch.isfinite(self.ema.flat).all(dim=1), _BAD_STATISTICS, self._table.values[-1])
-        means = (self._sums / self.batches_per_epoch).tolist()
+        means = (self._sums / max(self._batch, 1)).tolist()
         failures = [self._failure_text(*pair) for pair in zip(*self._failures_on_host(), strict=True)]
         lr = [schedule.at(clock.iteration - 1).lr for schedule, clock in self._ends()]
         epochs = self.epochs
@@ -355,22 +359,30 @@ class Pack:
         self._assemble([slot for index, slot in enumerate(self.slots()) if index not in gone])
 
 
-def check_compatible(slots: Sequence[PackSlot]) -> None:
-    """Check that slots can share one image stream and one assignment.
+def check_compatible(keys: Sequence[str], hyperparameters: Sequence[Hyperparameters]) -> None:
+    """Check that trials can share one image stream and one assignment.
+
+    Args:
+        keys: Names of the trials.
+        hyperparameters: Theirs, in the same order.
 
     Raises:
-        TrainingError: No slot, a key twice, an unknown state, or hyperparameters that differ where they cannot.
+        TrainingError: No trial, a key twice, or hyperparameters that differ where they cannot.
     """
-    if not slots:
+    if not keys:
         raise TrainingError("a pack needs at least one slot")
-    keys = [slot.key for slot in slots]
     twice = [key for key in keys if keys.count(key) > 1]
     if twice:
         raise TrainingError(f"slot {twice[0]} is in the pack twice")
-    for slot in slots:
-        if slot.state.get("format") != STATE_FORMAT:
-            raise TrainingError(f"slot {slot.key}: state of format {slot.state.get('format')}, not {STATE_FORMAT}")
-        for name in sorted(SHARED_KEYS):
-            first, other = getattr(slots[0].hyperparameters, name), getattr(slot.hyperparameters, name)
-            if first != other:
-                raise TrainingError(f"{name} cannot differ inside a pack: {first} in {keys[0]}, {other} in {slot.key}")
+    for name in sorted(SHARED_KEYS):
+        values = [getattr(hyp, name) for hyp in hyperparameters]
+        for key, value in zip(keys, values, strict=True):
+            if value != values[0]:
+                raise TrainingError(f"{name} cannot differ inside a pack: {values[0]} in {keys[0]}, {value} in {key}")
+
+
+def _checked_state(slot: PackSlot) -> Mapping[str, Any]:
+    found = slot.state.get("format")
+    if found != STATE_FORMAT:
+        raise TrainingError(f"slot {slot.key}: its state has format {found}, this version reads {STATE_FORMAT}")
+    return slot.state
