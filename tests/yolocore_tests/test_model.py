@@ -125,6 +125,19 @@ def test_forward_float32_equals_golden_in_both_modes_and_statistics(golden_dir: 
     assert {int(t) for n, t in tensors.items() if n.endswith("num_batches_tracked")} == {1}
 
 
+def test_forward_equals_the_small_golden_in_the_repository(small_golden_dir: Path) -> None:
+    golden = np.load(small_golden_dir / "model_forward_small.npz")
+    with torch.no_grad():
+        evaluated = golden_model().eval()(golden_images())
+    assert max(max_gap(evaluated[level][0], golden[f"eval_raw_{level}"]) for level in range(3)) < 2e-5
+    model = golden_model(torch.float64).train()
+    trained = model(golden_images(torch.float64))
+    assert max(max_gap(trained[level][0], golden[f"train_raw_f64_{level}"]) for level in (1, 2)) < 1e-10
+    tensors = model.official_tensors().items()
+    sums = [sum(float(t.sum()) for n, t in tensors if n.endswith(kind)) for kind in ("running_var", "running_mean")]
+    np.testing.assert_allclose(sums, golden["bn_running_var_mean_sums"], rtol=1e-6)
+
+
 def test_forward_float64_train_equals_golden(golden_dir: Path) -> None:
     golden = np.load(golden_dir / "model_forward.npz")
     raw = golden_model(torch.float64).train()(golden_images(torch.float64))
