@@ -117,7 +117,7 @@ def test_detection_loss_non_finite_slot_leaves_the_others_bit_identical(value: f
 
 
 def test_detection_loss_nan_box_in_unmatched_cell_reaches_nothing() -> None:
-    name = "default"
+    name = "borders"
     predictions, weights = load_case(name).predictions, load_case(name).weights
     clean, clean_gradients = run(predictions, name, weights)
     poisoned = []
