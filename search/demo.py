@@ -15,6 +15,8 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from search.errors import UserInputError
+
 UInt8Array = NDArray[np.uint8]
 Float32Array = NDArray[np.float32]
 
@@ -51,6 +53,8 @@ class DigitsSpec:
     """Smallest share of the full grey range between stroke and ground."""
     clutter: int = 8
     """Strokes and blobs per image that are no digits."""
+    light_share: float = 0.5
+    """Share of the images with dark digits on a light ground; the others are light on dark."""
     val_share: float = 0.3
     """Share of the scans of each digit kept for validation."""
 
@@ -69,14 +73,14 @@ def write_digits(folder: Path, seed: int = 0, spec: DigitsSpec | None = None) ->
         Path of the data set YAML.
 
     Raises:
-        FileExistsError: `folder` exists and was not written by this function.
+        UserInputError: `folder` exists and was not written by this function.
     """
     spec = spec or DigitsSpec()
     identity = json.dumps({"layout": _LAYOUT, "seed": seed, **asdict(spec)}, indent=1)
     if _is_finished(folder, identity):
         return folder / YAML_NAME
     if folder.exists() and any(folder.iterdir()) and not (folder / _FINISHED).is_file():
-        raise FileExistsError(f"{folder}: exists and holds something else; name another folder for the built-in digits")
+        raise UserInputError(f"{folder}: exists and holds something else; name another folder for the built-in digits")
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -149,7 +153,7 @@ def _scans(seed: int, spec: DigitsSpec) -> tuple[list[UInt8Array], list[UInt8Arr
 
 def _image(rng: np.random.Generator, scans: list[UInt8Array], spec: DigitsSpec) -> tuple[UInt8Array, list[list[float]]]:
     """One canvas (uint8 [side, side, 3] BGR) and its label rows (class, x, y, w, h as fractions)."""
-    canvas, ground = _texture(rng, spec.canvas)
+    canvas, ground = _texture(rng, spec.canvas, spec.light_share)
     _clutter(rng, canvas, ground, spec)
     rows: list[list[float]] = []
     taken: list[tuple[int, int, int, int]] = []
@@ -168,9 +172,9 @@ def _image(rng: np.random.Generator, scans: list[UInt8Array], spec: DigitsSpec) 
     return np.clip(canvas + noise, 0, 255).astype(np.uint8), rows
 
 
-def _texture(rng: np.random.Generator, side: int) -> tuple[Float32Array, float]:
+def _texture(rng: np.random.Generator, side: int, light_share: float) -> tuple[Float32Array, float]:
     """A canvas of smooth patches around one grey level, float32 [side, side, 3], and that level."""
-    ground = float(rng.uniform(20, 90) if rng.random() < 0.5 else rng.uniform(165, 235))
+    ground = float(rng.uniform(165, 235) if rng.random() < light_share else rng.uniform(20, 90))
     coarse = rng.normal(0, 14, (6, 6, 3)).astype(np.float32)
     fine = rng.normal(0, 7, (side // 4, side // 4, 3)).astype(np.float32)
     texture = sum(cv2.resize(layer, (side, side), interpolation=cv2.INTER_LINEAR) for layer in (coarse, fine))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from search.demo import DigitsSpec, _scans, write_digits
+from search.errors import UserInputError
 from yolocore.data import fingerprint, load_dataset_config, scan_split
 
 SMALL = DigitsSpec(images_train=24, images_val=8)
@@ -59,7 +60,7 @@ def test_write_digits_other_spec_replaces_the_folder(tmp_path: Path) -> None:
 
 def test_write_digits_folder_of_the_user_refused_untouched(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("keep")
-    with pytest.raises(FileExistsError, match="holds something else"):
+    with pytest.raises(UserInputError, match="holds something else"):
         write_digits(tmp_path, 0, SMALL)
     assert contents(tmp_path) == {"mine.txt": b"keep"}
 
@@ -79,3 +80,11 @@ def test_write_digits_boxes_hold_high_contrast(tmp_path: Path) -> None:
         for _, x, y, w, h in item.labels * 128:
             inside = grey[round(y - h / 2) : round(y + h / 2), round(x - w / 2) : round(x + w / 2)]
             assert inside.max() - inside.min() > 90
+
+
+@pytest.mark.parametrize(("light_share", "light"), [(0.0, 0), (1.0, 5)])
+def test_write_digits_light_share_decides_the_ground(light_share: float, light: int, tmp_path: Path) -> None:
+    source = write_digits(tmp_path / "digits", 0, DigitsSpec(images_train=5, images_val=4, light_share=light_share))
+    images = (source.parent / "images" / "train").iterdir()
+    medians = [np.median(cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)) for path in images]
+    assert sum(median > 128 for median in medians) == light
