@@ -1,0 +1,349 @@
+"""The command line: parse, call, print."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import re
+import signal
+import sys
+import time
+import uuid
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.live import Live
+from rich.logging import RichHandler
+from rich.table import Table
+
+from search.config import StudyConfig, load_study_config
+from search.database import check_study_name, make_engine, mask_url, resolve_storage_url
+from search.errors import SearchError, StudyStoppedError, UserInputError
+from search.export import best_trial, export_best
+from search.launch.local import LocalLauncher, LocalPlan
+from search.launch.mlflow_ui import DEFAULT_HOST, MlflowUi
+from search.launch.prepare import StudyPlan, create_or_resume, plan_study
+from search.ledger import Ledger
+from search.paths import StudyFolder, default_runs_dir
+from search.report import StudyStatus, comparison_table, headline, live_view, study_status, trials_table
+from search.space import hyperparameters
+from search.tracking import default_tracking_uri
+from search.worker.lease import DEFAULT_LEASE_SECONDS
+from search.worker.session import WorkerOptions, run_worker, study_tracker
+from yolocore.errors import InputError, YolocoreError
+
+EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+REFRESH_SECONDS = 1.0
+
+app = typer.Typer(
+    name="yolosearch",
+    help="Finds the YOLOv5 loss weights for your own data set.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+out = Console()
+err = Console(stderr=True)
+
+StudyFile = Annotated[Path, typer.Argument(metavar="STUDY.yaml", help="The study file.", show_default=False)]
+StudyName = Annotated[str, typer.Argument(metavar="STUDY", help="Name of the study, or its YAML.", show_default=False)]
+Storage = Annotated[
+    str | None,
+    typer.Option("--storage", metavar="URL", help="Database; default $YOLOSEARCH_STORAGE_URL or runs/STUDY/study.db."),
+]
+RunsDir = Annotated[
+    Path | None,
+    typer.Option(
+        "--runs-dir", metavar="DIR", help="Where everything is written; default $YOLOSEARCH_RUNS_DIR or runs."
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+
+
+def main() -> None:
+    """Entry point: exit code 2 for what the user can fix, 1 for a failed run, and no traceback for either."""
+    handler = RichHandler(console=err, show_path=False, markup=False)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    try:
+        app()
+    except (UserInputError, InputError) as error:
+        _exit(error, EXIT_BAD_INPUT)
+    except (SearchError, YolocoreError) as error:
+        _exit(error, EXIT_FAILED)
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def _exit(error: Exception, code: int) -> None:
+    err.print(mask_url(str(error)), style="red", markup=False, highlight=False, soft_wrap=True)
+    sys.exit(code)
+
+
+@app.command()
+def check(study: StudyFile, storage: Storage = None, runs_dir: RunsDir = None, as_json: AsJson = False) -> None:
+    """Check a study and its data, print the plan, start nothing.
+
+    Example: yolosearch check studies/loss-weights.yaml
+    """
+    plan = _plan(study, storage, _runs(runs_dir))
+    if as_json:
+        _print_json(plan.to_json())
+    else:
+        _print_plan(plan)
+
+
+@app.command()
+def run(
+    study: StudyFile,
+    workers: Annotated[int, typer.Option(min=1, help="Worker processes on this machine.")] = 1,
+    device: Annotated[list[str] | None, typer.Option(help="Devices dealt out to the workers, e.g. cuda:0.")] = None,
+    trials: Annotated[str | None, typer.Option(metavar="+N", help="Add N trials to the study's budget.")] = None,
+    storage: Storage = None,
+    runs_dir: RunsDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """Create a study, or take it up again, and work on it until its budget is spent.
+
+    Example: yolosearch run studies/quickstart.yaml
+    """
+    runs = _runs(runs_dir)
+    more = _more_trials(trials)
+    plan = _plan(study, storage, runs)
+    created = create_or_resume(plan, more)
+    if not as_json:
+        _print_plan(plan)
+        out.print("study created" if created else "study taken up again", style="dim")
+    ledger = Ledger(make_engine(plan.storage_url))
+    local = LocalPlan(
+        storage_url=plan.storage_url,
+        folder=plan.folder,
+        workers=workers,
+        devices=tuple(device or ()),
+        timeout=plan.config.timeout,
+    )
+    failures = _work(ledger, plan.config, local, quiet=as_json)
+    status = study_status(ledger, plan.config)
+    if status.stop_reason is not None:
+        raise StudyStoppedError(status.stop_reason)
+    if failures and not status.finished:
+        raise SearchError("; ".join(failures))
+    _print_outcome(ledger, plan, status, as_json)
+
+
+def _work(ledger: Ledger, config: StudyConfig, local: LocalPlan, *, quiet: bool) -> list[str]:
+    """Runs local workers to their end, showing the slots; Ctrl-C hands the trials back and ends."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    live = Live(console=out, refresh_per_second=2, transient=True) if out.is_terminal and not quiet else None
+    shown = ""
+    with LocalLauncher(local, ledger) as launcher, live or nullcontext():
+        try:
+            while launcher.poll():
+                status = study_status(ledger, config)
+                if live is not None:
+                    live.update(live_view(status))
+                elif not quiet and (line := headline(status, with_eta=False)) != shown:
+                    out.print(shown := line, highlight=False)
+                time.sleep(REFRESH_SECONDS)
+        except KeyboardInterrupt:
+            err.print("stopping: running trials are handed back; the same command takes them up again")
+            raise
+    return launcher.failures
+
+
+def _interrupt(_number: int, _frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+@app.command()
+def worker(
+    study: StudyName,
+    device: Annotated[str | None, typer.Option(help="Overrides the study's device on this host.")] = None,
+    timeout: Annotated[float | None, typer.Option(help="Seconds after which no new trial is claimed.")] = None,
+    lease: Annotated[float, typer.Option(min=1, help="Seconds after which a silent worker loses its trials.")] = (
+        DEFAULT_LEASE_SECONDS
+    ),
+    worker_id: Annotated[str | None, typer.Option(help="Unique name; default host, process and a random part.")] = None,
+    parent: Annotated[int | None, typer.Option(hidden=True)] = None,
+    storage: Storage = None,
+    runs_dir: RunsDir = None,
+) -> None:
+    """Work on a study that exists: needs its name and the database's URL only.
+
+    Example: YOLOSEARCH_STORAGE_URL=postgresql://me@db/studies yolosearch worker my-study
+    """
+    runs = _runs(runs_dir)
+    name = _study_name(study)
+    options = WorkerOptions(
+        storage_url=resolve_storage_url(storage, runs, name),
+        study=name,
+        runs_dir=runs,
+        worker_id=worker_id or f"{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:6]}",
+        device=device,
+        parent=parent,
+        timeout=timeout,
+        lease_seconds=lease,
+    )
+    ended = run_worker(options)
+    out.print(f"{ended} trials ended here")
+
+
+@app.command()
+def status(study: StudyName, storage: Storage = None, runs_dir: RunsDir = None, as_json: AsJson = False) -> None:
+    """How far a study is: counts, what runs now, best and base.
+
+    Example: yolosearch status quickstart
+    """
+    _, _, now = _read(study, storage, runs_dir)
+    if as_json:
+        _print_json(now.to_json())
+    else:
+        out.print(live_view(now))
+
+
+@app.command()
+def trials(study: StudyName, storage: Storage = None, runs_dir: RunsDir = None, as_json: AsJson = False) -> None:
+    """Every trial of a study with its parameters.
+
+    Example: yolosearch trials quickstart --json
+    """
+    _, _, now = _read(study, storage, runs_dir)
+    if as_json:
+        _print_json(now.to_json()["trials"])
+    else:
+        out.print(trials_table(now))
+
+
+@app.command()
+def export(
+    study: StudyName,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FILE", help="Default runs/STUDY/hyp.best.yaml.")
+    ] = None,
+    storage: Storage = None,
+    runs_dir: RunsDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the best trial's hyp as YAML for YOLOv5's train.py --hyp.
+
+    Example: yolosearch export quickstart -o hyp.yaml
+    """
+    ledger, config, _ = _read(study, storage, runs_dir)
+    path = _export(ledger, config, output or StudyFolder(_runs(runs_dir), config.name).best_hyp)
+    if as_json:
+        _print_json({"study": config.name, "path": str(path)})
+    else:
+        out.print(f"best hyp: {path}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def ui(
+    study: Annotated[str | None, typer.Argument(metavar="[STUDY]", help="Print a link to this study.")] = None,
+    host: Annotated[str, typer.Option(help="Interface to listen on.")] = DEFAULT_HOST,
+    port: Annotated[int | None, typer.Option(help="Default 5000, or a free one where that is taken.")] = None,
+    storage: Storage = None,
+    runs_dir: RunsDir = None,
+) -> None:
+    """Start MLflow's server on the studies' records, on 127.0.0.1 unless told otherwise; Ctrl-C ends it.
+
+    Example: yolosearch ui quickstart
+    """
+    runs = _runs(runs_dir)
+    config = None if study is None else _read(study, storage, runs_dir)[1]
+    uri = (config.tracking.uri if config is not None else None) or default_tracking_uri(runs)
+    with MlflowUi.start(uri, runs, host=host, port=port) as server:
+        with out.status("MLflow starts"):
+            server.wait_until_healthy()
+        address = server.address
+        if config is not None:
+            address = study_tracker(config, runs).experiment_url(config.name, address) or address
+        out.print(f"MLflow: {address}  (Ctrl-C ends it)", highlight=False, soft_wrap=True)
+        server.wait()
+
+
+def _runs(runs_dir: Path | None) -> Path:
+    return (runs_dir or default_runs_dir()).resolve()
+
+
+def _study_name(study: str) -> str:
+    """A study's name, also given by its YAML file."""
+    if study.endswith((".yaml", ".yml")):
+        return load_study_config(Path(study)).name
+    return check_study_name(study)
+
+
+def _plan(study: Path, storage: str | None, runs: Path) -> StudyPlan:
+    config = load_study_config(study)
+    return plan_study(config, resolve_storage_url(storage, runs, config.name), runs)
+
+
+def _read(study: str, storage: str | None, runs_dir: Path | None) -> tuple[Ledger, StudyConfig, StudyStatus]:
+    """A study that exists, as its database has it now."""
+    runs, name = _runs(runs_dir), _study_name(study)
+    ledger = Ledger(make_engine(resolve_storage_url(storage, runs, name), create=False))
+    config = StudyConfig.from_json(ledger.study(name).config)
+    return ledger, config, study_status(ledger, config)
+
+
+def _more_trials(text: str | None) -> int:
+    if text is None:
+        return 0
+    if not re.fullmatch(r"\\+[1-9]\\d{0,5}", text):
+        raise UserInputError(
+            f"--trials: got {text!r}; allowed: +N, for example +20 (the total stands in the study file)"
+        )
+    return int(text)
+
+
+def _print_json(data: object) -> None:
+    sys.stdout.write(json.dumps(data, indent=2) + "\\n")
+
+
+def _print_plan(plan: StudyPlan) -> None:
+    table = Table(title=f"study {plan.config.name}", show_header=False)
+    for name, value in plan.rows():
+        table.add_row(name, value)
+    out.print(table)
+    for notice in plan.notices:
+        out.print(f"note: {notice}", style="yellow", highlight=False, markup=False)
+
+
+def _export(ledger: Ledger, config: StudyConfig, path: Path) -> Path:
+    best = best_trial(ledger, config)
+    return export_best(best, path)
+
+
+def _print_outcome(ledger: Ledger, plan: StudyPlan, status: StudyStatus, as_json: bool) -> None:
+    if as_json:
+        _print_json(status.to_json())
+    if not status.finished or status.best is None:
+        return
+    path = _export(ledger, plan.config, plan.folder.best_hyp)
+    if as_json:
+        return
+    out.print(trials_table(status))
+    base = plan.config.base_hyperparameters()
+    best = hyperparameters(base, status.best.params)
+    out.print(comparison_table(status, base.to_mapping(), best.to_mapping()))
+    _print_next_steps(plan, path)
+
+
+def _print_next_steps(plan: StudyPlan, path: Path) -> None:
+    name = plan.config.name
+    lines = [
+        f"best hyp:        {path}",
+        f"train with it:   python train.py --hyp {path} ...   (in your YOLOv5 checkout)",
+        f"look at it:      yolosearch ui {name}",
+        f"go on searching: yolosearch run {name}.yaml --trials +20",
+    ]
+    if plan.config.builtin_data is not None:
+        lines.append("your own data:   copy studies/loss-weights.yaml, set `data:` to your data set YAML, and run it")
+    for line in lines:
+        out.print(line, highlight=False, markup=False, soft_wrap=True)

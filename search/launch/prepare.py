@@ -1,0 +1,185 @@
+"""From a study file to a study in the database: what `check` prints and `run` starts from."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from search.config import StudyConfig, check_objective, require_resumable
+from search.database import init_lock, make_engine, mask_url
+from search.errors import StudyConflictError, UnknownStudyError
+from search.ledger import Ledger, StudyRecord
+from search.paths import StudyFolder
+from search.space import base_params, pack_limit
+from search.study import AskedTrial, check_sampler, create_study, open_storage
+from search.worker.session import data_yaml, versions
+from yolocore.data.dataset import DatasetConfig, Split, fingerprint, load_dataset_config, scan_split
+from yolocore.device import resolve_device, resolve_precision
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudyPlan:
+    """A checked study: nothing in it can fail for a reason that the user could have been told before."""
+
+    config: StudyConfig
+    storage_url: str
+    folder: StudyFolder
+    data: Path
+    dataset: DatasetConfig
+    fingerprint: str
+    device: str
+    precision: str
+    pack: int
+    images: dict[str, int]
+    labels_per_class: dict[str, int]
+    notices: tuple[str, ...]
+
+    def rows(self) -> list[tuple[str, str]]:
+        """What `check` and `run` show, as name and text."""
+        config, train = self.config, self.config.train
+        size = f"yolov5{train.model}, {train.image_size} px, batch {train.batch_size}, {train.epochs} epochs"
+        base = base_params(config)
+        space = [(f"space.{key}", f"{entry.describe()} (base {base[key]:g})") for key, entry in config.space.items()]
+        return [
+            ("data", f"{self.data} (fingerprint {self.fingerprint})"),
+            ("images", ", ".join(f"{count} {name}" for name, count in self.images.items())),
+            ("training labels", ", ".join(f"{name} {count}" for name, count in self.labels_per_class.items())),
+            ("model", f"{size}, from {train.weights or 'scratch'}"),
+            ("device", f"{self.device}, {self.precision}, packs of {self.pack}"),
+            ("objective", config.objective.describe()),
+            ("trials", f"{config.trials}, sampler {config.sampler.name}, pruner {config.pruner.name}"),
+            *space,
+            ("database", mask_url(self.storage_url)),
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for `--json`; no password in it."""
+        return {
+            "study": self.config.name,
+            "storage": mask_url(self.storage_url),
+            "data": str(self.data),
+            "fingerprint": self.fingerprint,
+            "device": self.device,
+            "precision": self.precision,
+            "pack": self.pack,
+            "images": self.images,
+            "labels_per_class": self.labels_per_class,
+            "space": {key: entry.describe() for key, entry in self.config.space.items()},
+            "base": base_params(self.config),
+            "objective": self.config.objective.describe(),
+            "config": self.config.to_json(),
+            "notices": list(self.notices),
+        }
+
+
+def plan_study(config: StudyConfig, storage_url: str, runs_dir: Path) -> StudyPlan:
+    """Checks a study against its data and this machine; writes nothing but a built-in data set.
+
+    Raises:
+        UserInputError, yolocore.errors.InputError: One line per mistake.
+    """
+    check_sampler(config)
+    data = data_yaml(config, runs_dir)
+    dataset = load_dataset_config(data)
+    splits = {name: scan_split(dataset, name) for name in ("train", "val")}
+    device = resolve_device(config.train.device)
+    check_objective(config, dataset.names, _labelled_classes(splits["val"]))
+    counts = _class_counts(splits["train"])
+    return StudyPlan(
+        config=config,
+        storage_url=storage_url,
+        folder=StudyFolder(runs_dir, config.name),
+        data=data,
+        dataset=dataset,
+        fingerprint=fingerprint(dataset),
+        device=str(device),
+        precision=resolve_precision(config.train.precision, device),
+        pack=pack_limit(config),
+        images={name: len(split.images) for name, split in splits.items()},
+        labels_per_class={name: counts[index] for index, name in enumerate(dataset.names)},
+        notices=tuple(_notices(config, dataset, splits)),
+    )
+
+
+def _class_counts(split: Split) -> Counter[int]:
+    return Counter(int(row[0]) for image in split.images for row in image.labels)
+
+
+def _labelled_classes(split: Split) -> list[int]:
+    return sorted(_class_counts(split))
+
+
+def _notices(config: StudyConfig, dataset: DatasetConfig, splits: dict[str, Split]) -> Iterator[str]:
+    """What a user should know before hours are spent."""
+    if pack_limit(config) < config.train.pack:
+        yield "space: a searched key changes the images or the matching of targets, so trials train one at a time"
+    if dataset.num_classes == 1 and {"cls", "cls_pw"} & set(config.space):
+        yield "space: cls and cls_pw do nothing with one class"
+    counts = _class_counts(splits["train"])
+    missing = [name for index, name in enumerate(dataset.names) if not counts[index]]
+    if missing:
+        yield f"data: no training labels of {', '.join(missing)}"
+    if config.train.epochs * (len(splits["train"].images) / config.train.batch_size) < 200:
+        yield "train.epochs: fewer than 200 iterations a trial; YOLOv5's warm-up alone takes 100"
+    for split in splits.values():
+        yield from split.problems[:5]
+
+
+def create_or_resume(plan: StudyPlan, more_trials: int = 0) -> bool:
+    """Creates the study with its tickets, or takes up the one that exists.
+
+    Args:
+        plan: The checked study.
+        more_trials: Tickets to add to a study that exists.
+
+    Returns:
+        True if it was created now.
+
+    Raises:
+        StudyConflictError: It exists with another configuration or other data.
+    """
+    plan.folder.root.mkdir(parents=True, exist_ok=True)
+    ledger = Ledger(make_engine(plan.storage_url))
+    ledger.initialise()
+    storage = open_storage(plan.storage_url)
+    with init_lock(plan.storage_url):
+        try:
+            record = ledger.study(plan.config.name)
+        except UnknownStudyError:
+            base = create_study(plan.config, storage)
+            _create(ledger, plan, base, more_trials)
+            return True
+        _resume(ledger, plan, record, more_trials)
+        return False
+
+
+def _create(ledger: Ledger, plan: StudyPlan, base: AskedTrial, more_trials: int) -> None:
+    record = StudyRecord(
+        name=plan.config.name,
+        config=plan.config.to_json(),
+        fingerprint=plan.fingerprint,
+        versions=versions(),
+        created=time.time(),
+    )
+    tickets = [base.params, *[None] * (plan.config.trials + more_trials - 1)]
+    ledger.create_study(record, tickets, base)
+
+
+def _resume(ledger: Ledger, plan: StudyPlan, record: StudyRecord, more_trials: int) -> None:
+    """Takes the study up again; only the budget may differ, and it never shrinks."""
+    frozen = StudyConfig.from_json(record.config)
+    require_resumable(frozen, plan.config)
+    if record.fingerprint != plan.fingerprint:
+        raise StudyConflictError(
+            f"{plan.data}: fingerprint {plan.fingerprint} is not that of study {frozen.name} ({record.fingerprint}): "
+            "images, labels or names changed since it was created; allowed: the same data, or another study name"
+        )
+    have = len(ledger.tickets(frozen.name))
+    missing = max(0, plan.config.trials - have) + more_trials
+    if missing:
+        ledger.add_tickets(frozen.name, missing)
+    ledger.stop(frozen.name, None)

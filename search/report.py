@@ -1,0 +1,200 @@
+"""What people read of a study: status, tables, JSON."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from search.config import StudyConfig
+from search.ledger import EpochRow, Ledger, Ticket, TicketState, WorkerRow, WorkerState
+from yolocore.hyperparameters import LOSS_WEIGHT_KEYS
+
+STATE_STYLES = {
+    TicketState.WAITING: "dim",
+    TicketState.RUNNING: "cyan",
+    TicketState.COMPLETE: "green",
+    TicketState.PRUNED: "yellow",
+    TicketState.FAIL: "red",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialStatus:
+    """One trial as the ledger knows it."""
+
+    number: int | None
+    ticket: int
+    state: str
+    epoch: int
+    epochs: int
+    value: float | None
+    params: Mapping[str, Any]
+    attempt: int
+    worker: str | None
+    reason: str | None
+    seconds: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudyStatus:
+    """A study at one moment. Times are seconds, values the study's objective."""
+
+    study: str
+    counts: Mapping[str, int]
+    trials: tuple[TrialStatus, ...]
+    workers: int
+    best: TrialStatus | None
+    base: TrialStatus | None
+    slot_epochs: int
+    eta_seconds: float | None
+    stop_reason: str | None
+
+    @property
+    def finished(self) -> bool:
+        """Whether no trial waits or runs."""
+        return not any(self.counts.get(state.value, 0) for state in (TicketState.WAITING, TicketState.RUNNING))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for `--json`."""
+        return {**asdict(self), "finished": self.finished}
+
+
+def study_status(ledger: Ledger, config: StudyConfig) -> StudyStatus:
+    """Reads a study's rows and sums them up."""
+    record = ledger.study(config.name)
+    reports = ledger.all_reports(config.name)
+    tickets = ledger.tickets(config.name)
+    trials = tuple(_trial_status(ticket, reports.get(ticket.id, ()), config) for ticket in tickets)
+    complete = [trial for trial in trials if trial.state == TicketState.COMPLETE and trial.value is not None]
+    counts = {state.value: sum(ticket.state is state for ticket in tickets) for state in TicketState}
+    alive = [worker for worker in ledger.workers(config.name) if _is_fresh(worker)]
+    return StudyStatus(
+        study=config.name,
+        counts=counts,
+        trials=trials,
+        workers=len(alive),
+        best=max(complete, key=lambda trial: trial.value or 0.0, default=None),
+        base=next((trial for trial in trials if trial.ticket == 0), None),
+        slot_epochs=sum(len(rows) for rows in reports.values()),
+        eta_seconds=_eta(tickets, reports),
+        stop_reason=record.stop_reason,
+    )
+
+
+def _is_fresh(worker: WorkerRow, seconds: float = 120.0) -> bool:
+    return worker.state is WorkerState.RUNNING and time.time() - worker.heartbeat < seconds
+
+
+def _trial_status(ticket: Ticket, rows: Sequence[EpochRow], config: StudyConfig) -> TrialStatus:
+    last = next((row.value for row in reversed(rows) if row.value is not None), None)
+    ended = ticket.finished or time.time()
+    return TrialStatus(
+        number=ticket.trial_number,
+        ticket=ticket.number,
+        state=ticket.state.value,
+        epoch=max([ticket.epochs_done, *(row.epoch + 1 for row in rows)]),
+        epochs=config.train.epochs,
+        value=ticket.value if ticket.value is not None else last,
+        params=ticket.params or {},
+        attempt=ticket.attempt,
+        worker=ticket.worker,
+        reason=ticket.reason,
+        seconds=None if ticket.started is None else ended - ticket.started,
+    )
+
+
+def _eta(tickets: Sequence[Ticket], reports: Mapping[int, Sequence[EpochRow]]) -> float | None:
+    """Seconds until the budget is spent, at the pace of the finished trials; pruning is in that pace."""
+    finished = [ticket for ticket in tickets if ticket.state.is_final and ticket.finished is not None]
+    started = [ticket.started for ticket in tickets if ticket.started is not None]
+    if not finished or not started:
+        return None
+    spent = sum(len(reports.get(ticket.id, ())) for ticket in finished)
+    mean = spent / len(finished)
+    done = sum(len(rows) for rows in reports.values())
+    left = sum(max(0.0, mean - len(reports.get(t.id, ()))) for t in tickets if not t.state.is_final)
+    elapsed = max(row.stored_at for rows in reports.values() for row in rows) - min(started) if done else 0.0
+    return left * elapsed / done if done else None
+
+
+def live_view(status: StudyStatus) -> RenderableType:
+    """The table that `run` shows while it works: the slots that train now, and one line about the study."""
+    table = Table(title=f"study {status.study}", expand=False)
+    for name in ("trial", "epoch", "objective", *LOSS_WEIGHT_KEYS):
+        table.add_column(name, justify="right")
+    for trial in status.trials:
+        if trial.state == TicketState.RUNNING:
+            table.add_row(_name(trial), f"{trial.epoch}/{trial.epochs}", _number(trial.value), *_weights(trial))
+    return Group(table, Text(headline(status)))
+
+
+def headline(status: StudyStatus, *, with_eta: bool = True) -> str:
+    """One line: counts, best so far, base, time left."""
+    counts = ", ".join(f"{count} {state.lower()}" for state, count in status.counts.items() if count)
+    parts = [counts or "nothing yet"]
+    if status.best is not None:
+        parts.append(f"best {_number(status.best.value)} (trial {status.best.number})")
+    if status.base is not None and status.base.value is not None:
+        parts.append(f"base {_number(status.base.value)}")
+    if with_eta and status.eta_seconds is not None and not status.finished:
+        parts.append(f"about {_duration(status.eta_seconds)} left")
+    return " | ".join(parts)
+
+
+def trials_table(status: StudyStatus) -> Table:
+    """Every trial of the study."""
+    keys = sorted({key for trial in status.trials for key in trial.params}, key=_key_order)
+    table = Table(title=f"trials of {status.study}")
+    for name in ("trial", "state", "epoch", "objective", *keys, "seconds"):
+        table.add_column(name, justify="left" if name == "state" else "right")
+    for trial in status.trials:
+        style = STATE_STYLES[TicketState(trial.state)]
+        params = [_number(trial.params.get(key)) for key in keys]
+        seconds = "" if trial.seconds is None else f"{trial.seconds:.0f}"
+        epoch = f"{trial.epoch}/{trial.epochs}"
+        table.add_row(_name(trial), Text(trial.state, style=style), epoch, _number(trial.value), *params, seconds)
+    return table
+
+
+def comparison_table(status: StudyStatus, base: Mapping[str, float], best: Mapping[str, float]) -> Table:
+    """Base against best: the objective and every hyp key in which they differ or that was searched."""
+    table = Table(title=f"base against best of {status.study}")
+    for name in ("", "base", "best"):
+        table.add_column(name, justify="right" if name else "left")
+    if status.base is not None and status.best is not None:
+        table.add_row("trial", str(status.base.number), str(status.best.number))
+        table.add_row("objective", _number(status.base.value), _number(status.best.value))
+    searched = {key for trial in status.trials for key in trial.params}
+    for key in base:
+        if key in searched or base[key] != best[key]:
+            table.add_row(key, _number(base[key]), _number(best[key]))
+    return table
+
+
+def _name(trial: TrialStatus) -> str:
+    name = "-" if trial.number is None else str(trial.number)
+    return f"{name} (base)" if trial.ticket == 0 else name
+
+
+def _weights(trial: TrialStatus) -> list[str]:
+    return [_number(trial.params.get(key)) for key in LOSS_WEIGHT_KEYS]
+
+
+def _key_order(key: str) -> tuple[int, str]:
+    return (LOSS_WEIGHT_KEYS.index(key), key) if key in LOSS_WEIGHT_KEYS else (len(LOSS_WEIGHT_KEYS), key)
+
+
+def _number(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

@@ -1,0 +1,84 @@
+"""Keeps the leases of a worker's tickets alive while it trains."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterable
+from types import TracebackType
+
+from search.errors import SearchError
+from search.ledger import Ledger
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_LEASE_SECONDS = 300.0
+RENEWALS_PER_LEASE = 6
+
+
+class LeaseKeeper:
+    """A thread that renews leases several times per lease and survives outages of the database.
+
+    A ticket that another worker took over in the meantime shows up in `lost`; its trial must not go on here.
+    """
+
+    def __init__(self, ledger: Ledger, worker_id: str, lease_seconds: float) -> None:
+        self._ledger = ledger
+        self._worker_id = worker_id
+        self._lease_seconds = lease_seconds
+        self._held: set[int] = set()
+        self._lost: set[int] = set()
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="lease-keeper", daemon=True)
+
+    def __enter__(self) -> LeaseKeeper:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join(timeout=5)
+
+    @property
+    def lost(self) -> frozenset[int]:
+        """Tickets that were ours and are not any more."""
+        with self._lock:
+            return frozenset(self._lost)
+
+    def hold(self, ticket_ids: Iterable[int]) -> None:
+        """Renews these tickets from now on."""
+        with self._lock:
+            self._held.update(ticket_ids)
+
+    def release(self, ticket_ids: Iterable[int]) -> None:
+        """Stops renewing these tickets."""
+        with self._lock:
+            self._held.difference_update(ticket_ids)
+            self._lost.difference_update(ticket_ids)
+
+    def renew(self) -> None:
+        """Renews once; normally called by the thread."""
+        with self._lock:
+            asked = set(self._held)
+        self._ledger.heartbeat(self._worker_id)
+        if not asked:
+            return
+        kept = self._ledger.renew(self._worker_id, asked, self._lease_seconds)
+        with self._lock:
+            # Tickets finished while the renewal was under way are no longer held, and not lost either.
+            gone = (asked - kept) & self._held
+            self._held -= gone
+            self._lost |= gone
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._lease_seconds / RENEWALS_PER_LEASE):
+            try:
+                self.renew()
+            except SearchError as error:
+                logger.warning("leases could not be renewed, trying again: %s", error)
+            except Exception:
+                # The thread must outlive anything the database does; training goes on meanwhile.
+                logger.exception("leases could not be renewed, trying again")

@@ -1,0 +1,282 @@
+"""Copies the ledger's rows to MLflow, and the ends of trials to Optuna as well.
+
+The ledger is the truth and both copies may lag. Everything here can be repeated: a row carries its stored time, a
+finished Optuna trial is left alone, a run is found again by its ticket's tag.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import queue
+import re
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import optuna
+
+from search.config import StudyConfig
+from search.database import init_lock
+from search.errors import LeaseLostError
+from search.ledger import EpochRow, Ledger, StudyRecord, Ticket, TicketState
+from search.paths import StudyFolder
+from search.space import hyperparameters
+from search.study import tell
+from search.tracking import TrackedState, Tracker
+
+logger = logging.getLogger(__name__)
+
+PAUSE_SECONDS = 2.0
+RETRY_SECONDS = 5.0
+METRIC_NAMES = {
+    "fitness": "metrics/fitness",
+    "map50": "metrics/mAP50",
+    "map": "metrics/mAP50-95",
+    "precision": "metrics/precision",
+    "recall": "metrics/recall",
+    "f1": "metrics/f1",
+    "val_box": "val/box_loss",
+    "val_obj": "val/obj_loss",
+    "val_cls": "val/cls_loss",
+    "train_box": "train/box_loss",
+    "train_obj": "train/obj_loss",
+    "train_cls": "train/cls_loss",
+    "lr_bias": "lr/bias",
+    "lr_decay": "lr/weights",
+    "lr_norm": "lr/norm",
+    "seconds": "time/epoch_seconds",
+}
+TRACKED_STATES = {
+    TicketState.WAITING: TrackedState.SCHEDULED,
+    TicketState.RUNNING: TrackedState.RUNNING,
+    TicketState.COMPLETE: TrackedState.COMPLETE,
+    TicketState.PRUNED: TrackedState.PRUNED,
+    TicketState.FAIL: TrackedState.FAIL,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MirrorContext:
+    """What every run of a study has in common."""
+
+    config: StudyConfig
+    record: StudyRecord
+    folder: StudyFolder
+    class_names: tuple[str, ...]
+    storage_url: str
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+
+class Mirror:
+    """A thread that brings MLflow up to the ledger's rows, off the training path.
+
+    `notify` names a ticket whose rows changed. Where MLflow is away, tickets wait here; what is not sent when the
+    process ends is sent by `reconcile`, in this worker or in a later one.
+    """
+
+    def __init__(self, ledger: Ledger, study: optuna.Study, tracker: Tracker, context: MirrorContext) -> None:
+        self._ledger = ledger
+        self._study = study
+        self._tracker = tracker
+        self._context = context
+        self._queue: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._closing = threading.Event()
+        self._sent: dict[int, int] = {}
+        self._shown: dict[int, TicketState] = {}
+        self._thread = threading.Thread(target=self._run, name="mirror", daemon=True)
+
+    def __enter__(self) -> Mirror:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def notify(self, ticket_id: int) -> None:
+        """Says that the rows or the state of a ticket changed. Returns at once."""
+        self._queue.put(ticket_id)
+
+    def close(self, timeout: float = 60.0) -> None:
+        """Sends what is left, for at most `timeout` seconds."""
+        self._closing.set()
+        self._thread.join(timeout)
+        if self._thread.is_alive():
+            logger.warning("some records are not in MLflow yet; the next worker of this study sends them")
+
+    def reconcile(self) -> None:
+        """Queues every ticket that a worker left without its final state in Optuna and MLflow."""
+        for ticket in self._ledger.tickets(self._context.record.name):
+            handed_back = ticket.state is TicketState.WAITING and ticket.run_id is not None
+            if (ticket.state.is_final and not ticket.mirrored) or handed_back:
+                self.notify(ticket.id)
+
+    def sync(self, ticket_id: int) -> None:
+        """Brings the copies of one ticket up to date; repeating it changes nothing."""
+        ticket = self._ledger.ticket(ticket_id)
+        if ticket.state.is_final and ticket.trial_id is not None:
+            tell(self._study, ticket.trial_id, ticket.state, ticket.value)
+        self._summary_run()
+        if ticket.params is not None:
+            self._sync_run(ticket)
+        if ticket.state.is_final:
+            self._sync_summary(ticket)
+            self._ledger.mark_mirrored(ticket_id)
+
+    def _sync_run(self, ticket: Ticket) -> None:
+        run_id = self._run_of(ticket)
+        rows = self._ledger.reports(ticket.id)
+        unsent = [row for row in rows if row.epoch > self._sent.get(ticket.id, -1)]
+        if unsent:
+            self._tracker.log_epochs(run_id, [self._tracked(row) for row in unsent])
+            self._sent[ticket.id] = unsent[-1].epoch
+        if ticket.state.is_final:
+            self._tracker.set_tags(run_id, self._final_tags(ticket))
+            self._log_files(run_id, ticket, rows)
+        if self._shown.get(ticket.id) is not ticket.state:
+            # Last: a run whose state says FINISHED has everything in it.
+            self._tracker.set_state(run_id, TRACKED_STATES[ticket.state], ticket.reason, ticket.finished)
+            self._shown[ticket.id] = ticket.state
+
+    def _run_of(self, ticket: Ticket) -> str:
+        if ticket.run_id is not None:
+            return ticket.run_id
+        hyp = hyperparameters(self._context.config.base_hyperparameters(), ticket.params or {})
+        run_id = self._tracker.ensure_trial_run(
+            self._context.record.name,
+            self._ticket_key(ticket),
+            f"trial-{ticket.trial_number:05d}",
+            hyp.to_mapping(),
+            {**self._context.tags, "yolosearch.trial_number": str(ticket.trial_number)},
+        )
+        try:
+            self._ledger.set_run(ticket, run_id)
+        except LeaseLostError:
+            # The tag finds the run again; the column only saves a look-up.
+            logger.debug("run %s of ticket %d not stored: its attempt is over", run_id, ticket.id)
+        return run_id
+
+    def _ticket_key(self, ticket: Ticket) -> str:
+        # The time keeps a study apart from a deleted one of the same name, whose runs MLflow still has.
+        return f"{self._context.record.created:.0f}-{ticket.number:05d}"
+
+    def _tracked(self, row: EpochRow) -> tuple[int, dict[str, float], float]:
+        named = {self._metric_name(key): value for key, value in row.metrics.items()}
+        if row.value is not None:
+            named["objective"] = row.value
+        return row.epoch, named, row.stored_at
+
+    def _metric_name(self, key: str) -> str:
+        if key.startswith("class_ap/"):
+            name = self._context.class_names[int(key.removeprefix("class_ap/"))]
+            return "class_ap/" + re.sub(r"[^\w\-. ]", "_", name, flags=re.ASCII)
+        return METRIC_NAMES.get(key, key)
+
+    def _final_tags(self, ticket: Ticket) -> dict[str, str]:
+        tags = {"yolosearch.attempts": str(ticket.attempt)}
+        if ticket.value is not None:
+            tags["yolosearch.value"] = f"{ticket.value:.6g}"
+        return tags
+
+    def _log_files(self, run_id: str, ticket: Ticket, rows: Iterable[EpochRow]) -> None:
+        curve = [{"epoch": row.epoch, "value": row.value, "stored_at": row.stored_at, **row.metrics} for row in rows]
+        files: dict[str, Path | str] = {
+            "hyp.yaml": self._hyp_text(ticket),
+            "metrics.json": json.dumps(curve, indent=1),
+        }
+        weights = self._context.folder.weights(ticket.number)
+        best = self._best()
+        if best is not None and best.id == ticket.id and weights.is_file():
+            files["weights/best.safetensors"] = weights
+        self._tracker.log_artifacts(run_id, files)
+
+    def _hyp_text(self, ticket: Ticket) -> str:
+        hyp = hyperparameters(self._context.config.base_hyperparameters(), ticket.params or {})
+        return hyp.to_yaml([f"trial {ticket.trial_number} of study {ticket.study}, unconfirmed"])
+
+    def _sync_summary(self, ticket: Ticket) -> None:
+        """One point per finished trial on the summary run: the best value when that trial ended."""
+        summary = self._summary_run()
+        if ticket.finished is None or ticket.trial_number is None:
+            return
+        complete = [t for t in self._complete() if t.finished is not None and t.finished <= ticket.finished]
+        if complete:
+            best = max(t.value or 0.0 for t in complete)
+            self._tracker.log_epochs(summary, [(ticket.trial_number, {"best/objective": best}, ticket.finished)])
+        counts = self._ledger.counts(ticket.study)
+        left = counts.get(TicketState.WAITING, 0) + counts.get(TicketState.RUNNING, 0)
+        if left == 0:
+            self._close_summary(summary, counts)
+
+    def _close_summary(self, run_id: str, counts: Mapping[TicketState, int]) -> None:
+        tags = {f"yolosearch.trials.{state.lower()}": str(count) for state, count in counts.items()}
+        best = self._best()
+        if best is not None:
+            tags["yolosearch.best_trial"] = str(best.trial_number)
+            self._tracker.log_artifacts(run_id, {"hyp.best.yaml": self._hyp_text(best)})
+        self._tracker.set_tags(run_id, tags)
+        self._tracker.set_state(run_id, TrackedState.COMPLETE)
+
+    def _summary_run(self) -> str:
+        """The study's summary run, made once under the database's lock."""
+        name = self._context.record.name
+        run_id = self._ledger.study(name).summary_run_id
+        if run_id is None:
+            with init_lock(self._context.storage_url):
+                settings = json.dumps(self._context.record.config, indent=1)
+                self._tracker.ensure_experiment(name, settings)
+                run_id = self._tracker.ensure_summary(name, self._context.tags, _flat(self._context.record.config))
+                self._tracker.log_artifacts(run_id, {"study.json": settings})
+                self._ledger.set_summary_run(name, run_id)
+        return run_id
+
+    def _complete(self) -> list[Ticket]:
+        tickets = self._ledger.tickets(self._context.record.name)
+        return [t for t in tickets if t.state is TicketState.COMPLETE and t.value is not None]
+
+    def _best(self) -> Ticket | None:
+        return max(self._complete(), key=lambda ticket: ticket.value or 0.0, default=None)
+
+    def _run(self) -> None:
+        pending: dict[int, None] = {}
+        closing = False
+        while not (closing and not pending):
+            # The pause gathers several epochs into one request; training has the processor meanwhile.
+            closing = self._closing.wait(PAUSE_SECONDS)
+            pending.update(self._noticed())
+            for ticket_id in list(pending):
+                if not self._try_sync(ticket_id):
+                    time.sleep(RETRY_SECONDS)
+                    break
+                del pending[ticket_id]
+
+    def _noticed(self) -> dict[int, None]:
+        """Ticket ids that were named since the last look, each once, in order."""
+        noticed: dict[int, None] = {}
+        while True:
+            try:
+                noticed[self._queue.get_nowait()] = None
+            except queue.Empty:
+                return noticed
+
+    def _try_sync(self, ticket_id: int) -> bool:
+        try:
+            self.sync(ticket_id)
+        except Exception as error:
+            logger.warning("records of ticket %d could not be sent, trying again: %s", ticket_id, error)
+            return False
+        return True
+
+
+def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as dotted parameters."""
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat

@@ -1,0 +1,147 @@
+"""Opens everything a worker needs from a storage URL and a study's name, and runs it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+
+from search.config import StudyConfig
+from search.database import make_engine, wait_until_ready
+from search.demo import write_digits
+from search.errors import StudyConflictError
+from search.ledger import Ledger, StudyRecord
+from search.paths import StudyFolder
+from search.study import load_study, open_storage
+from search.tracking import Tracker, open_tracker
+from search.worker.host import host_identity
+from search.worker.lease import DEFAULT_LEASE_SECONDS
+from search.worker.mirror import Mirror, MirrorContext
+from search.worker.worker import StopFlag, Worker, WorkerContext
+from yolocore.data.dataset import fingerprint, load_dataset_config
+from yolocore.device import resolve_device, resolve_precision
+
+logger = logging.getLogger(__name__)
+
+VERSIONED = ("yolosearch", "torch", "torchvision", "optuna", "mlflow", "numpy")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerOptions:
+    """What a worker is told; everything else is in the database.
+
+    Attributes:
+        storage_url: Database of the study.
+        study: The study's name.
+        runs_dir: Folder for checkpoints, weights and, by default, MLflow's files.
+        worker_id: Name of this worker, unique over all hosts.
+        device: Overrides the study's device on this host.
+        parent: Process id of the launcher; the worker hands its tickets back when that process is gone.
+        timeout: Seconds after which nothing new is claimed.
+        lease_seconds: How long a silent worker keeps its tickets. Longer than an outage that should be survived.
+    """
+
+    storage_url: str
+    study: str
+    runs_dir: Path
+    worker_id: str
+    device: str | None = None
+    parent: int | None = None
+    timeout: float | None = None
+    lease_seconds: float = DEFAULT_LEASE_SECONDS
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    return {"python": platform.python_version(), **{name: version(name) for name in VERSIONED}}
+
+
+def data_yaml(config: StudyConfig, runs_dir: Path) -> Path:
+    """The study's data set YAML; a built-in data set is written first where it is missing."""
+    path = config.data_path(runs_dir)
+    return path if config.builtin_data is None else write_digits(path.parent)
+
+
+def run_worker(options: WorkerOptions) -> int:
+    """Works on a study until its budget is spent or a signal arrives.
+
+    Returns:
+        Number of trials that ended here.
+
+    Raises:
+        UserInputError: No such study, or other data than the study was created with.
+        StudyStoppedError: Too many trials in a row failed.
+    """
+    wait_until_ready(options.storage_url)
+    ledger = Ledger(make_engine(options.storage_url))
+    ledger.initialise()
+    record = ledger.study(options.study)
+    config = StudyConfig.from_json(record.config)
+    context = _open(options, ledger, record, config)
+    ledger.register_worker(options.worker_id, options.study, host_identity(), os.getpid(), context.train.device)
+    with StopFlag(options.parent).installed() as stop, _mirror(options, context, record) as mirror:
+        try:
+            return Worker(context, mirror, stop).run()
+        finally:
+            ledger.retire_worker(options.worker_id)
+
+
+def _open(options: WorkerOptions, ledger: Ledger, record: StudyRecord, config: StudyConfig) -> WorkerContext:
+    data = data_yaml(config, options.runs_dir)
+    dataset = load_dataset_config(data)
+    found = fingerprint(dataset)
+    if found != record.fingerprint:
+        raise StudyConflictError(
+            f"{data}: fingerprint {found} is not that of study {config.name} ({record.fingerprint}): images, labels or "
+            "names changed since it was created; allowed: the same data, or a study of another name"
+        )
+    train = config.train_config(data)
+    device = resolve_device(options.device or train.device)
+    train = replace(train, device=str(device), precision=resolve_precision(train.precision, device))
+    return WorkerContext(
+        config=config,
+        train=train,
+        class_names=dataset.names,
+        ledger=ledger,
+        study=load_study(config, open_storage(options.storage_url)),
+        folder=StudyFolder(options.runs_dir, config.name),
+        worker_id=options.worker_id,
+        lease_seconds=options.lease_seconds,
+        deadline=None if options.timeout is None else time.time() + options.timeout,
+    )
+
+
+def study_tracker(config: StudyConfig, runs_dir: Path) -> Tracker:
+    """The tracker that a study's settings ask for."""
+    tracking = config.tracking
+    return open_tracker(enabled=tracking.enabled, uri=tracking.uri, runs_dir=runs_dir, experiment=tracking.experiment)
+
+
+@contextmanager
+def _mirror(options: WorkerOptions, context: WorkerContext, record: StudyRecord) -> Iterator[Mirror]:
+    mirror_context = MirrorContext(
+        config=context.config,
+        record=record,
+        folder=context.folder,
+        class_names=context.class_names,
+        storage_url=options.storage_url,
+        tags={
+            "yolosearch.sampler": context.config.sampler.name,
+            "yolosearch.fingerprint": record.fingerprint,
+            "yolosearch.host": platform.node(),
+            "yolosearch.device": context.train.device,
+            "yolosearch.precision": context.train.precision,
+            **{f"yolosearch.version.{name}": number for name, number in versions().items()},
+        },
+    )
+    tracker = study_tracker(context.config, options.runs_dir)
+    with Mirror(context.ledger, context.study, tracker, mirror_context) as mirror:
+        mirror.reconcile()
+        yield mirror
+        mirror.reconcile()
