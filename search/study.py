@@ -146,8 +146,17 @@ def _retry(operation: Callable[[], T], patience: float = PATIENCE_SECONDS) -> T:
 
 
 def _is_outage(error: BaseException) -> bool:
-    """Whether waiting may help. Optuna wraps the driver's error; lost in mid-call, it can leave a name unbound."""
-    return isinstance(error, UnboundLocalError) or is_transient(error) or is_transient(error.__cause__ or error)
+    """Whether waiting may help.
+
+    Optuna wraps the driver's error, raises another one while it handles it (its fallback queries use the broken
+    session), or leaves a name unbound; so what counts is whether a lost connection is anywhere in the chain.
+    """
+    chain: list[BaseException] = []
+    current: BaseException | None = error
+    while current is not None and current not in chain:
+        chain.append(current)
+        current = current.__cause__ or current.__context__
+    return any(is_transient(link) for link in chain)
 
 
 # ---- samplers and pruners --------------------------------------------------------------------------------------------
