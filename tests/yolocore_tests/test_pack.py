@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from device_guard import backward, run_guarded
 from fill_rule import fill_image, nano_state
 from torch import Tensor
 
 from yolocore.errors import TrainingError
 from yolocore.hyperparameters import Hyperparameters
-from yolocore.model import initial_state
+from yolocore.model import ANCHORS_KEY, YOLOv5, initial_state
 from yolocore.training.config import TrainConfig
 from yolocore.training.optim import Clock
 from yolocore.training.pack import Pack, PackSlot, StepResult, fresh_state
@@ -401,3 +402,50 @@ def test_fresh_state_rounds_the_model_to_half_but_not_the_average() -> None:
     assert state["ema"]["model.0.conv.weight"].tolist() == weights["model.0.conv.weight"].tolist()
     assert state["clock"] == {"iteration": 0, "last_step": -1, "updates": 0}
     assert Clock(**state["clock"]) == Clock()
+
+
+# No wait for the device
+
+
+class FakeCudaPack(Pack):
+    """A pack whose fake model is made on the device: `Module.to` cannot move fake parameters."""
+
+    def _stack(self, weights: Sequence[dict[str, Tensor]]) -> YOLOv5:
+        with torch.device("cuda"):
+            return YOLOv5(self.config.model, self.num_classes, len(weights))
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+@pytest.mark.parametrize(("optimizer", "precision"), [("SGD", "fp32"), ("AdamW", "fp16")])
+def test_pack_step_of_four_slots_on_fake_cuda_never_copies_or_waits(optimizer, precision) -> None:
+    state = {name: t for name, t in initial_state("n", 3, seed=1).items() if name != ANCHORS_KEY}
+
+    def build() -> tuple[Pack, Tensor, Tensor]:
+        weights = {name: torch.zeros(t.shape, dtype=t.dtype, device="cuda") for name, t in state.items()}
+        slots = [PackSlot(f"t{i}", hyp, fresh_state(weights)) for i, hyp in enumerate(HYPS)]
+        pack = FakeCudaPack(
+            config(optimizer=optimizer, autobalance=True),
+            slots,
+            num_classes=3,
+            batches_per_epoch=BATCHES,
+            device=torch.device("cuda"),
+            precision=precision,
+        )
+        pack.clocks = (Clock(40, 39, 40), *pack.clocks[1:])  # so that some steps are of some slots only
+        pack.begin_epoch()
+        images = torch.zeros(2, 3, SIZE, SIZE, dtype=torch.uint8, device="cuda")
+        return pack, images, torch.zeros(32, 6, device="cuda")
+
+    def step(made: tuple[Pack, Tensor, Tensor]) -> None:
+        pack, images, targets = made
+        table = pack._table
+        assert table is not None
+        for batch in range(2):
+            loss = pack._loss(images, targets)
+            backward((loss.total * pack._loss_scale).sum())
+            result = pack._finish(loss, table.values[batch], table.stepped[batch])
+            assert result.norm is not None
+            assert result.norm.device.type == "cuda"
+            assert result.stepped == (False, True, True, True)
+
+    assert run_guarded(build, step).calls > 5000

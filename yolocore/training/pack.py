@@ -133,8 +133,7 @@ class Pack:
         self.hyperparameters = tuple(slot.hyperparameters for slot in slots)
         self.clocks = tuple(Clock(**state["clock"]) for state in states)
         self.schedules = tuple(self._schedule(hyp) for hyp in self.hyperparameters)
-        weights = [{name: t.to(device) for name, t in state["model"].items()} for state in states]
-        self.model = YOLOv5.stack(config.model, self.num_classes, weights).to(device).train()
+        self.model = self._stack([state["model"] for state in states])
         self.dtype = next(self.model.parameters()).dtype
         self.optimizer = PackOptimizer(self.model, self.hyperparameters, config.batch_size, config.optimizer)
         self.ema = PackEMA(self.model, self.optimizer)
@@ -152,6 +151,10 @@ class Pack:
         self._evaluation_model: YOLOv5 | None = None
         self._table: StepTable | None = None
         self._batch = 0
+
+    def _stack(self, weights: Sequence[Mapping[str, Tensor]]) -> YOLOv5:
+        moved = [{name: tensor.to(self.device) for name, tensor in one.items()} for one in weights]
+        return YOLOv5.stack(self.config.model, self.num_classes, moved).train()
 
     def _schedule(self, hyp: Hyperparameters) -> Schedule:
         config = self.config
