@@ -160,7 +160,7 @@ def test_ask_fixed_parameters_are_taken_and_completed_by_the_base(storage: optun
     config = study_config()
     study, base = start(config, storage)
 
-    trial = ask(study, config, 1, {base.trial_id}, {"box": 0.123})
+    trial = ask(study, config, 1, linked={base.trial_id}, fixed_params={"box": 0.123})
 
     assert trial.params == {"box": 0.123, "obj": 1.0}
     assert stored(study, trial.trial_id).state is TrialState.RUNNING
@@ -170,8 +170,8 @@ def test_ask_again_after_a_crash_before_the_link_finds_the_same_trial(storage_ur
     config = study_config()
     study, base = start(config, open_storage(storage_url))
 
-    lost = ask(study, config, 3, {base.trial_id})
-    found = ask(study, config, 3, {base.trial_id})
+    lost = ask(study, config, 3, linked={base.trial_id})
+    found = ask(study, config, 3, linked={base.trial_id})
 
     assert found == lost
     assert len(study.trials) == 2
@@ -187,7 +187,7 @@ def test_ask_after_a_crash_between_two_parameters_keeps_the_first(storage: optun
     optuna.Trial(study, trial_id).suggest_float("box", 0.02, 0.2, log=True)
     first = stored(study, trial_id).params["box"]
 
-    trial = ask(study, config, 1, {base.trial_id})
+    trial = ask(study, config, 1, linked={base.trial_id})
 
     assert (trial.trial_id, trial.params["box"]) == (trial_id, first)
     assert 0.3 <= trial.params["obj"] <= 2.1
@@ -200,12 +200,15 @@ def test_ask_adopts_another_tickets_orphan_unless_its_parameters_were_fixed(
     config = study_config()
     study, base = start(config, storage)
     linked = {base.trial_id}
-    fixed = ask(study, config, 1, linked, {"box": 0.1})
-    free = ask(study, config, 2, linked)
+    fixed = ask(study, config, 1, linked=linked, fixed_params={"box": 0.1})
+    free = ask(study, config, 2, linked=linked)
 
-    assert ask(study, config, 4, linked, {"box": 0.15}).trial_id not in {fixed.trial_id, free.trial_id}
-    assert ask(study, config, 5, linked) == free
-    assert ask(study, config, 1, linked, {"box": 0.1}) == fixed
+    assert ask(study, config, 4, linked=linked, fixed_params={"box": 0.15}).trial_id not in {
+        fixed.trial_id,
+        free.trial_id,
+    }
+    assert ask(study, config, 5, linked=linked) == free
+    assert ask(study, config, 1, linked=linked, fixed_params={"box": 0.1}) == fixed
 
 
 def test_ticket_seed_differs_between_tickets_studies_and_seeds() -> None:
@@ -323,7 +326,7 @@ def start_trials(
     trials: list[AskedTrial] = []
     for ticket, history in enumerate(histories, 1):
         linked = {base.trial_id, *(trial.trial_id for trial in trials)}
-        trials.append(ask(study, config, ticket, linked))
+        trials.append(ask(study, config, ticket, linked=linked))
         mirror_reports(study, trials[-1].trial_id, rows(*history))
     return trials
 
@@ -345,7 +348,7 @@ def test_should_prune_median_stops_what_is_below_the_finished_trials(storage_url
 def test_should_prune_before_the_first_rung_and_at_the_last_epoch_is_false(storage: optuna.storages.RDBStorage) -> None:
     config = study_config(train={"epochs": 4}, pruner={"name": "threshold", "lower": 0.5, "min_epochs": 2})
     study, base = start(config, storage)
-    trial = ask(study, config, 1, {base.trial_id})
+    trial = ask(study, config, 1, linked={base.trial_id})
     decisions = []
     for epoch in range(4):
         mirror_reports(study, trial.trial_id, [Row(epoch, 0.1)])
@@ -482,7 +485,7 @@ def test_every_call_survives_a_connection_cut_before_any_of_its_statements(postg
     asked = {0: base}
 
     def ask_next(ticket: int) -> None:
-        asked[ticket] = ask(study, config, ticket, {trial.trial_id for trial in asked.values()})
+        asked[ticket] = ask(study, config, ticket, linked={trial.trial_id for trial in asked.values()})
 
     cut_asks = cutter.each(ask_next, stride)
     cut_reports = cutter.each(lambda epoch: mirror_reports(study, base.trial_id, [Row(epoch - 1, 0.1)]) and None)
