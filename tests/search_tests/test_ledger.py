@@ -584,7 +584,7 @@ def test_initialise_mlflow_schema_raises_and_writes_nothing(engine: Engine) -> N
 def test_initialise_real_mlflow_database_raises_and_writes_nothing(storage_url: str, engine: Engine) -> None:
     from mlflow.store.db.utils import _initialize_tables
 
-    _initialize_tables(make_engine(storage_url))
+    _initialize_tables(sa.create_engine(storage_url))
     before = sorted(sa.inspect(engine).get_table_names())
     assert "experiments" in before
     with pytest.raises(DatabaseError, match="belongs to MLflow"):
