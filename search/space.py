@@ -6,8 +6,9 @@ from collections.abc import Mapping
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
-from search.config import SpaceEntry, StudyConfig, shared_keys
+from search.config import StudyConfig, shared_keys
 from search.errors import StudyConfigError
+from search.settings import SpaceEntry
 from yolocore.hyperparameters import Hyperparameters
 
 

@@ -29,7 +29,19 @@ from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from search.config import (
+from search.config import StudyConfig
+from search.database import (
+    configure_sqlite,
+    database_errors,
+    engine_options,
+    init_lock,
+    is_transient,
+    make_engine,
+    mask_url,
+    refuse_foreign_schema,
+)
+from search.errors import DatabaseError, StudyConfigError, UnknownStudyError
+from search.settings import (
     AshaPruner,
     CmaesSampler,
     GpSampler,
@@ -43,21 +55,9 @@ from search.config import (
     PrunerConfig,
     QmcSampler,
     RandomSampler,
-    StudyConfig,
     ThresholdPruner,
     TpeSampler,
 )
-from search.database import (
-    configure_sqlite,
-    database_errors,
-    engine_options,
-    init_lock,
-    is_transient,
-    make_engine,
-    mask_url,
-    refuse_foreign_schema,
-)
-from search.errors import DatabaseError, StudyConfigError, UnknownStudyError
 from search.space import base_params, complete_params, distributions, grid_points
 
 PATIENCE_SECONDS = 120.0
