@@ -243,7 +243,7 @@ def poison_gradient(pack: Pack, name: str, value: float) -> torch.utils.hooks.Re
 
     def spoil(gradient: Tensor) -> Tensor:
         spoiled = gradient.clone()
-        pack.model.per_slot(spoiled)[1].view(-1)[0] = value
+        pack.model.per_slot(spoiled)[1, 0, 0, 0, 0] = value
         return spoiled
 
     return pack.model.get_parameter(name).register_hook(spoil)

@@ -154,7 +154,9 @@ class Pack:
 
     def _stack(self, weights: Sequence[Mapping[str, Tensor]]) -> YOLOv5:
         moved = [{name: tensor.to(self.device) for name, tensor in one.items()} for one in weights]
-        return YOLOv5.stack(self.config.model, self.num_classes, moved).train()
+        model = YOLOv5.stack(self.config.model, self.num_classes, moved).train()
+        # Faster for float32 and autocast, most of all with several slots; float64 has no kernels for it.
+        return model.to(memory_format=torch.channels_last) if model.anchors.dtype == torch.float32 else model
 
     def _schedule(self, hyp: Hyperparameters) -> Schedule:
         config = self.config
@@ -239,6 +241,8 @@ class Pack:
 
     def _loss(self, images: Tensor, targets: Tensor) -> LossComponents:
         pixels = images if images.is_floating_point() else images.to(self.dtype) / 255
+        if self.dtype == torch.float32:
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
         height, width = pixels.shape[-2:]
         grids = [(height // stride, width // stride) for stride in STRIDES]
         threshold = self.hyperparameters[0].anchor_t
