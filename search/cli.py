@@ -1,4 +1,7 @@
-"""The command line: parse, call, print."""
+"""The command line: parse, call, print.
+
+What needs torch, Optuna or MLflow is imported inside the commands: `status` and `--help` do not wait for it.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ import time
 import uuid
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -24,18 +27,18 @@ from rich.table import Table
 from search.config import StudyConfig, load_study_config
 from search.database import check_study_name, make_engine, mask_url, resolve_storage_url
 from search.errors import SearchError, StudyStoppedError, UserInputError
-from search.export import best_trial, export_best
 from search.launch.local import LocalLauncher, LocalPlan
 from search.launch.mlflow_ui import DEFAULT_HOST, MlflowUi
-from search.launch.prepare import StudyPlan, create_or_resume, plan_study
 from search.ledger import Ledger
 from search.paths import StudyFolder, default_runs_dir
 from search.report import StudyStatus, comparison_table, headline, live_view, study_status, trials_table
-from search.space import hyperparameters
-from search.tracking import default_tracking_uri
+from search.tracking import default_tracking_uri, open_tracker
+from search.worker.existing import open_existing
 from search.worker.lease import DEFAULT_LEASE_SECONDS
-from search.worker.session import WorkerOptions, run_worker, study_tracker
 from yolocore.errors import InputError, YolocoreError
+
+if TYPE_CHECKING:
+    from search.launch.prepare import StudyPlan
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
@@ -78,6 +81,11 @@ def main() -> None:
         _exit(error, EXIT_BAD_INPUT)
     except (SearchError, YolocoreError) as error:
         _exit(error, EXIT_FAILED)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        # A folder that cannot be written, a full disk: the system's own words name it best.
+        _exit(UserInputError(f"{error.filename}: {error.strerror}"), EXIT_BAD_INPUT)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
 
@@ -114,6 +122,8 @@ def run(
 
     Example: yolosearch run studies/quickstart.yaml
     """
+    from search.launch.prepare import create_or_resume
+
     runs = _runs(runs_dir)
     more = _more_trials(trials)
     plan = _plan(study, storage, runs)
@@ -129,16 +139,12 @@ def run(
         devices=tuple(device or ()),
         timeout=plan.config.timeout,
     )
-    failures = _work(ledger, plan.config, local, quiet=as_json)
-    status = study_status(ledger, plan.config)
-    if status.stop_reason is not None:
-        raise StudyStoppedError(status.stop_reason)
-    if failures and not status.finished:
-        raise SearchError("; ".join(failures))
-    _print_outcome(ledger, plan, status, as_json)
+    if not study_status(ledger, plan.config).finished or ledger.unmirrored(plan.config.name):
+        _work(ledger, plan.config, local, quiet=as_json)
+    _print_outcome(ledger, plan, study, as_json)
 
 
-def _work(ledger: Ledger, config: StudyConfig, local: LocalPlan, *, quiet: bool) -> list[str]:
+def _work(ledger: Ledger, config: StudyConfig, local: LocalPlan, *, quiet: bool) -> None:
     """Runs local workers to their end, showing the slots; Ctrl-C hands the trials back and ends."""
     signal.signal(signal.SIGTERM, _interrupt)
     live = Live(console=out, refresh_per_second=2, transient=True) if out.is_terminal and not quiet else None
@@ -155,7 +161,14 @@ def _work(ledger: Ledger, config: StudyConfig, local: LocalPlan, *, quiet: bool)
         except KeyboardInterrupt:
             err.print("stopping: running trials are handed back; the same command takes them up again")
             raise
-    return launcher.failures
+    status = study_status(ledger, config)
+    if status.stop_reason is not None:
+        raise StudyStoppedError(
+            f"study {config.name} stopped: {status.stop_reason}; the same command takes it up again once that is mended"
+        )
+    if launcher.failures and not status.finished:
+        failure = "; ".join(launcher.failures)
+        raise UserInputError(failure) if launcher.bad_input else SearchError(failure)
 
 
 def _interrupt(_number: int, _frame: object) -> None:
@@ -179,6 +192,8 @@ def worker(
 
     Example: YOLOSEARCH_STORAGE_URL=postgresql://me@db/studies yolosearch worker my-study
     """
+    from search.worker.session import WorkerOptions, run_worker
+
     runs = _runs(runs_dir)
     name = _study_name(study)
     options = WorkerOptions(
@@ -263,7 +278,9 @@ def ui(
             server.wait_until_healthy()
         address = server.address
         if config is not None:
-            address = study_tracker(config, runs).experiment_url(config.name, address) or address
+            tracking = config.tracking
+            tracker = open_tracker(enabled=True, uri=uri, runs_dir=runs, experiment=tracking.experiment)
+            address = tracker.experiment_url(config.name, address) or address
         out.print(f"MLflow: {address}  (Ctrl-C ends it)", highlight=False, soft_wrap=True)
         server.wait()
 
@@ -280,6 +297,8 @@ def _study_name(study: str) -> str:
 
 
 def _plan(study: Path, storage: str | None, runs: Path) -> StudyPlan:
+    from search.launch.prepare import plan_study
+
     config = load_study_config(study)
     return plan_study(config, resolve_storage_url(storage, runs, config.name), runs)
 
@@ -287,7 +306,8 @@ def _plan(study: Path, storage: str | None, runs: Path) -> StudyPlan:
 def _read(study: str, storage: str | None, runs_dir: Path | None) -> tuple[Ledger, StudyConfig, StudyStatus]:
     """A study that exists, as its database has it now."""
     runs, name = _runs(runs_dir), _study_name(study)
-    ledger = Ledger(make_engine(resolve_storage_url(storage, runs, name), create=False))
+    ledger = open_existing(resolve_storage_url(storage, runs, name), name)
+    ledger.check_schema()
     config = StudyConfig.from_json(ledger.study(name).config)
     return ledger, config, study_status(ledger, config)
 
@@ -295,7 +315,7 @@ def _read(study: str, storage: str | None, runs_dir: Path | None) -> tuple[Ledge
 def _more_trials(text: str | None) -> int:
     if text is None:
         return 0
-    if not re.fullmatch(r"\\+[1-9]\\d{0,5}", text):
+    if not re.fullmatch(r"\+[1-9]\d{0,5}", text):
         raise UserInputError(
             f"--trials: got {text!r}; allowed: +N, for example +20 (the total stands in the study file)"
         )
@@ -303,7 +323,7 @@ def _more_trials(text: str | None) -> int:
 
 
 def _print_json(data: object) -> None:
-    sys.stdout.write(json.dumps(data, indent=2) + "\\n")
+    sys.stdout.write(json.dumps(data, indent=2) + "\n")
 
 
 def _print_plan(plan: StudyPlan) -> None:
@@ -316,32 +336,41 @@ def _print_plan(plan: StudyPlan) -> None:
 
 
 def _export(ledger: Ledger, config: StudyConfig, path: Path) -> Path:
-    best = best_trial(ledger, config)
-    return export_best(best, path)
+    from search.export import best_trial, export_best
+
+    return export_best(best_trial(ledger, config), path)
 
 
-def _print_outcome(ledger: Ledger, plan: StudyPlan, status: StudyStatus, as_json: bool) -> None:
+def _print_outcome(ledger: Ledger, plan: StudyPlan, study: Path, as_json: bool) -> None:
+    """Ends a `run`: tables, the exported hyp and what to do next."""
+    status = study_status(ledger, plan.config)
+    path = _export(ledger, plan.config, plan.folder.best_hyp) if status.finished and status.best else None
     if as_json:
         _print_json(status.to_json())
-    if not status.finished or status.best is None:
-        return
-    path = _export(ledger, plan.config, plan.folder.best_hyp)
-    if as_json:
         return
     out.print(trials_table(status))
-    base = plan.config.base_hyperparameters()
-    best = hyperparameters(base, status.best.params)
+    if path is None:
+        why = "no trial is complete" if status.finished else "the same command goes on with the trials that wait"
+        out.print(f"{headline(status)} | nothing exported: {why}", highlight=False, markup=False, soft_wrap=True)
+        return
+    _print_comparison(plan.config, status)
+    _print_next_steps(plan, study, path)
+
+
+def _print_comparison(config: StudyConfig, status: StudyStatus) -> None:
+    from search.space import hyperparameters
+
+    base = config.base_hyperparameters()
+    best = base if status.best is None else hyperparameters(base, status.best.params)
     out.print(comparison_table(status, base.to_mapping(), best.to_mapping()))
-    _print_next_steps(plan, path)
 
 
-def _print_next_steps(plan: StudyPlan, path: Path) -> None:
-    name = plan.config.name
+def _print_next_steps(plan: StudyPlan, study: Path, path: Path) -> None:
     lines = [
         f"best hyp:        {path}",
         f"train with it:   python train.py --hyp {path} ...   (in your YOLOv5 checkout)",
-        f"look at it:      yolosearch ui {name}",
-        f"go on searching: yolosearch run {name}.yaml --trials +20",
+        f"look at it:      yolosearch ui {plan.config.name}",
+        f"go on searching: yolosearch run {study} --trials +20",
     ]
     if plan.config.builtin_data is not None:
         lines.append("your own data:   copy studies/loss-weights.yaml, set `data:` to your data set YAML, and run it")

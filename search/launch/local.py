@@ -67,12 +67,14 @@ class LocalLauncher:
     """Worker processes on this host: restarted when they die, their tickets released at once.
 
     A context manager: workers start on entry and hand their tickets back on exit. Call `poll` until it returns
-    False. `failures` then holds the last words of workers that were given up.
+    False. `failures` then holds the last words of workers that were given up; `bad_input` says that one of them ended
+    for a reason that the user can mend.
     """
 
     plan: LocalPlan
     ledger: Ledger
     failures: list[str] = field(default_factory=list)
+    bad_input: bool = False
     _children: list[_Child] = field(default_factory=list)
     _started: float = field(default_factory=time.monotonic)
 
@@ -125,13 +127,18 @@ class LocalLauncher:
             return
         code = child.process.returncode
         self._bury(child, timeout=1.0)
-        if code == 0:
+        if code == 0 or self._is_stopped():
             child.done = True
         elif code == EXIT_BAD_INPUT or self._gives_up(child):
             child.done = True
+            self.bad_input |= code == EXIT_BAD_INPUT
             self.failures.append(f"worker {child.worker_id} ended with exit code {code}: {_last_line(child.log_path)}")
         else:
             child.retry_at = time.monotonic() + RESTART_DELAYS[min(child.restarts, len(RESTART_DELAYS)) - 1]
+
+    def _is_stopped(self) -> bool:
+        """Whether the study gives out no more tickets: a new worker would end like the last one."""
+        return self.ledger.study(self.plan.folder.study).stop_reason is not None
 
     def _gives_up(self, child: _Child) -> bool:
         """Counts a restart; those since the study last moved on must stay few."""

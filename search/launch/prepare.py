@@ -11,12 +11,12 @@ from typing import Any
 
 from search.config import StudyConfig, check_objective, require_resumable
 from search.database import init_lock, make_engine, mask_url
-from search.errors import StudyConflictError, UnknownStudyError
+from search.errors import StudyConfigError, StudyConflictError, UnknownStudyError
 from search.ledger import Ledger, StudyRecord
 from search.paths import StudyFolder
-from search.space import base_params, pack_limit
+from search.space import base_params, grid_points, pack_limit
 from search.study import AskedTrial, check_sampler, create_study, open_storage
-from search.worker.session import data_yaml, versions
+from search.worker.session import data_yaml, study_tracker, versions
 from yolocore.data.dataset import DatasetConfig, Split, fingerprint, load_dataset_config, scan_split
 from yolocore.device import resolve_device, resolve_precision
 
@@ -83,6 +83,7 @@ def plan_study(config: StudyConfig, storage_url: str, runs_dir: Path) -> StudyPl
         UserInputError, yolocore.errors.InputError: One line per mistake.
     """
     check_sampler(config)
+    study_tracker(config, runs_dir)  # refuses a store that MLflow cannot use; opens nothing
     data = data_yaml(config, runs_dir)
     dataset = load_dataset_config(data)
     splits = {name: scan_split(dataset, name) for name in ("train", "val")}
@@ -134,13 +135,14 @@ def create_or_resume(plan: StudyPlan, more_trials: int = 0) -> bool:
 
     Args:
         plan: The checked study.
-        more_trials: Tickets to add to a study that exists.
+        more_trials: Tickets to add to what the study file says, or to what an existing study has.
 
     Returns:
         True if it was created now.
 
     Raises:
         StudyConflictError: It exists with another configuration or other data.
+        StudyConfigError: More trials than a grid has points.
     """
     plan.folder.root.mkdir(parents=True, exist_ok=True)
     ledger = Ledger(make_engine(plan.storage_url))
@@ -150,11 +152,20 @@ def create_or_resume(plan: StudyPlan, more_trials: int = 0) -> bool:
         try:
             record = ledger.study(plan.config.name)
         except UnknownStudyError:
+            _check_grid(plan.config, plan.config.trials + more_trials)
             base = create_study(plan.config, storage)
             _create(ledger, plan, base, more_trials)
             return True
         _resume(ledger, plan, record, more_trials)
         return False
+
+
+def _check_grid(config: StudyConfig, trials: int) -> None:
+    if config.sampler.name != "grid":
+        return
+    points = len(grid_points(config))
+    if trials > points:
+        raise StudyConfigError(f"study {config.name}: trials: got {trials}; allowed: 1 to {points}, the whole grid")
 
 
 def _create(ledger: Ledger, plan: StudyPlan, base: AskedTrial, more_trials: int) -> None:
@@ -178,8 +189,9 @@ def _resume(ledger: Ledger, plan: StudyPlan, record: StudyRecord, more_trials: i
             f"{plan.data}: fingerprint {plan.fingerprint} is not that of study {frozen.name} ({record.fingerprint}): "
             "images, labels or names changed since it was created; allowed: the same data, or another study name"
         )
-    have = len(ledger.tickets(frozen.name))
+    have = sum(ticket.kind == "search" for ticket in ledger.tickets(frozen.name))
     missing = max(0, plan.config.trials - have) + more_trials
+    _check_grid(plan.config, have + missing)
     if missing:
         ledger.add_tickets(frozen.name, missing)
     ledger.stop(frozen.name, None)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from search.ledger import Ledger, WorkerState
 
+_SEPARATOR = "@"
+
 
 def host_identity() -> str:
     """A name for this host that two containers of the same host name do not share.
@@ -24,20 +26,34 @@ def host_identity() -> str:
     return f"{platform.node()}#{hashlib.sha256(''.join(marks).encode()).hexdigest()[:8]}"
 
 
-def is_alive(pid: int, worker_id: str) -> bool:
-    """Whether the process `pid` still is that worker, and not another program that got its number."""
+def process_identity() -> str:
+    """This host and when this process started, in the kernel's ticks: with the process id it names one process ever."""
+    return f"{host_identity()}{_SEPARATOR}{_start_ticks(os.getpid())}"
+
+
+def is_alive(pid: int, identity: str) -> bool:
+    """Whether the process `pid` of this host still is the one that gave itself `identity`.
+
+    Args:
+        pid: its process id; another program may have got that number meanwhile.
+        identity: its `process_identity`.
+    """
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
         pass
+    return _start_ticks(pid) == identity.rpartition(_SEPARATOR)[2]
+
+
+def _start_ticks(pid: int) -> str:
+    """When a process started; "dead" for one that has ended but was not waited for, "" where there is no /proc."""
     try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return not Path("/proc/self").exists()
-    return state != "Z" and worker_id.encode() in words
+        return ""
+    return "dead" if fields[0] in "ZX" else fields[19]
 
 
 def release_dead_neighbours(ledger: Ledger, study: str) -> int:
@@ -50,5 +66,7 @@ def release_dead_neighbours(ledger: Ledger, study: str) -> int:
     return sum(
         ledger.release_worker(worker.id)
         for worker in ledger.workers(study)
-        if worker.state is WorkerState.RUNNING and worker.host == here and not is_alive(worker.pid, worker.id)
+        if worker.state is WorkerState.RUNNING
+        and worker.host.rpartition(_SEPARATOR)[0] == here
+        and not is_alive(worker.pid, worker.host)
     )

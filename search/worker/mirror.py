@@ -251,10 +251,12 @@ class Mirror:
             closing = self._closing.wait(PAUSE_SECONDS)
             pending.update(self._noticed())
             for ticket_id in list(pending):
+                del pending[ticket_id]
                 if not self._try_sync(ticket_id):
+                    # Behind the others, which need not have its trouble.
+                    pending[ticket_id] = None
                     time.sleep(RETRY_SECONDS)
                     break
-                del pending[ticket_id]
 
     def _noticed(self) -> dict[int, None]:
         """Ticket ids that were named since the last look, each once, in order."""

@@ -7,20 +7,20 @@ import os
 import platform
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
 from search.config import StudyConfig
-from search.database import make_engine, wait_until_ready
 from search.demo import write_digits
-from search.errors import StudyConflictError
+from search.errors import SearchError, StudyConflictError
 from search.ledger import Ledger, StudyRecord
 from search.paths import StudyFolder
 from search.study import load_study, open_storage
 from search.tracking import Tracker, open_tracker
-from search.worker.host import host_identity
+from search.worker.existing import open_existing
+from search.worker.host import process_identity
 from search.worker.lease import DEFAULT_LEASE_SECONDS
 from search.worker.mirror import Mirror, MirrorContext
 from search.worker.worker import StopFlag, Worker, WorkerContext
@@ -78,13 +78,12 @@ def run_worker(options: WorkerOptions) -> int:
         UserInputError: No such study, or other data than the study was created with.
         StudyStoppedError: Too many trials in a row failed.
     """
-    wait_until_ready(options.storage_url)
-    ledger = Ledger(make_engine(options.storage_url))
+    ledger = open_existing(options.storage_url, options.study)
     ledger.initialise()
     record = ledger.study(options.study)
     config = StudyConfig.from_json(record.config)
     context = _open(options, ledger, record, config)
-    ledger.register_worker(options.worker_id, options.study, host_identity(), os.getpid(), context.train.device)
+    ledger.register_worker(options.worker_id, options.study, process_identity(), os.getpid(), context.train.device)
     with StopFlag(options.parent).installed() as stop, _mirror(options, context, record) as mirror:
         try:
             return Worker(context, mirror, stop).run()
@@ -143,5 +142,9 @@ def _mirror(options: WorkerOptions, context: WorkerContext, record: StudyRecord)
     tracker = study_tracker(context.config, options.runs_dir)
     with Mirror(context.ledger, context.study, tracker, mirror_context) as mirror:
         mirror.reconcile()
-        yield mirror
-        mirror.reconcile()
+        try:
+            yield mirror
+        finally:
+            # Also trials that others left, or that the ledger itself ended, get their final state.
+            with suppress(SearchError):
+                mirror.reconcile()

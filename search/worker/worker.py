@@ -20,7 +20,7 @@ from search.errors import LeaseLostError, SearchError, StudyStoppedError
 from search.ledger import Ledger, Ticket, TicketState
 from search.paths import StudyFolder
 from search.space import hyperparameters, pack_limit
-from search.study import ask, mirror_reports, should_prune, tell, trial_value
+from search.study import ask, mirror_reports, orphans, should_prune, tell, trial_value
 from search.worker.host import release_dead_neighbours
 from search.worker.lease import LeaseKeeper
 from search.worker.mirror import Mirror
@@ -112,20 +112,30 @@ class Worker:
         Raises:
             StudyStoppedError: Too many trials in a row failed.
         """
-        ended = 0
         with self._leases:
             while not self._stop.is_set:
                 self._check_failures()
                 release_dead_neighbours(self._ledger, self._config.name)
                 tickets = () if self._past_deadline() else self._claim()
                 if tickets:
-                    ended += self._run_tickets(tickets)
+                    self._run_tickets(tickets)
                 elif self._others_are_busy() and not self._past_deadline():
                     # Their tickets may still come back: whatever dies, somebody finishes it.
                     self._stop.wait(IDLE_SECONDS)
                 else:
                     break
-        return ended
+        return self._conclude()
+
+    def _conclude(self) -> int:
+        """Number of trials that ended here; after the last of the study, Optuna has no trial open either."""
+        tickets = self._ledger.tickets(self._config.name)
+        if all(ticket.state.is_final for ticket in tickets):
+            with self._ledger.ask_lock(self._config.name):
+                # A ticket that failed between `ask` and its link leaves a trial that nobody pays for.
+                linked = self._ledger.linked_trial_ids(self._config.name)
+                for trial_id in orphans(self._context.study, linked):
+                    tell(self._context.study, trial_id, TicketState.FAIL)
+        return sum(ticket.worker == self._context.worker_id and ticket.state.is_final for ticket in tickets)
 
     def _claim(self) -> tuple[Ticket, ...]:
         limit = pack_limit(self._config)
@@ -140,25 +150,27 @@ class Worker:
         return self._context.deadline is not None and time.time() >= self._context.deadline
 
     def _check_failures(self) -> None:
-        limit = self._config.max_failures_in_a_row
-        if self._ledger.failures_in_a_row(self._config.name) < limit:
+        count = self._ledger.failures_in_a_row(self._config.name)
+        if count < self._config.max_failures_in_a_row:
             return
-        reasons = {t.reason for t in self._ledger.tickets(self._config.name) if t.state is TicketState.FAIL}
-        message = (
-            f"study {self._config.name} stopped: {limit} trials in a row failed ({'; '.join(filter(None, reasons))})"
-        )
+        failed = [t for t in self._ledger.tickets(self._config.name) if t.state is TicketState.FAIL]
+        latest = sorted(failed, key=lambda ticket: ticket.finished or 0.0)[-count:]
+        reasons = dict.fromkeys(ticket.reason or "no reason known" for ticket in latest)
+        message = f"{count} trials in a row failed: {'; '.join(reasons)}"
         self._ledger.stop(self._config.name, message)
-        raise StudyStoppedError(message)
+        raise StudyStoppedError(f"study {self._config.name} stopped: {message}")
 
-    def _run_tickets(self, tickets: Sequence[Ticket]) -> int:
+    def _run_tickets(self, tickets: Sequence[Ticket]) -> None:
         """Trains claimed tickets to their ends; whatever happens, none stays with this worker."""
         try:
             linked = [self._with_trial(ticket) for ticket in tickets]
             for ticket in linked:
                 self._mirror.notify(ticket.id)
-            return self._train(self._startable(linked))
+            self._train(self._startable(linked))
         except StopRequested:
-            return 0
+            return
+        except LeaseLostError as error:
+            logger.warning("another worker took over: %s", error)
         finally:
             self._hand_back(tickets)
 
@@ -190,31 +202,47 @@ class Worker:
         return largest
 
     def _load(self, ticket: Ticket) -> Trial:
-        hyp = hyperparameters(self._base, ticket.params or {})
         if ticket.epochs_done == 0:
-            return Trial(ticket, SlotStart(key=str(ticket.id), hyperparameters=hyp))
+            return self._fresh(ticket)
         try:
             state = load(self._context.folder.checkpoint(ticket.number, ticket.epochs_done))
         except (CheckpointError, OSError) as error:
-            logger.warning("trial %s starts over with its seed, its checkpoint is gone: %s", ticket.trial_number, error)
-            self._ledger.save_progress(ticket, 0, None)
-            return Trial(replace(ticket, epochs_done=0), SlotStart(key=str(ticket.id), hyperparameters=hyp))
-        return Trial(ticket, SlotStart(key=str(ticket.id), hyperparameters=hyp, state=state))
+            return self._start_over(ticket, error)
+        return Trial(ticket, replace(self._fresh(ticket).start, state=state))
 
-    def _train(self, trials: Sequence[Trial]) -> int:
+    def _fresh(self, ticket: Ticket) -> Trial:
+        hyp = hyperparameters(self._base, ticket.params or {})
+        return Trial(ticket, SlotStart(key=str(ticket.id), hyperparameters=hyp))
+
+    def _start_over(self, ticket: Ticket, error: Exception) -> Trial:
+        logger.warning("trial %s starts over with its seed, its checkpoint is unusable: %s", ticket.trial_number, error)
+        self._ledger.save_progress(ticket, 0, None)
+        return self._fresh(replace(ticket, epochs_done=0, checkpoint=None))
+
+    def _train(self, trials: Sequence[Trial]) -> None:
         """Trains one pack; a pack that crashes is retried trial by trial, so that the guilty one fails alone."""
-        run = PackRun(self._context, self._mirror, self._leases, self._check_stop)
+        run = PackRun(self._context, self._mirror, self._leases, self._check_stop, trials)
         try:
-            return run.train(trials, self._training_data(trials[0].start.hyperparameters))
-        except (StopRequested, InputError, SearchError):
+            run.train(self._training_data(trials[0].start.hyperparameters))
+            return
+        except (StopRequested, InputError, SearchError, CheckpointError):
             raise
         except Exception as error:  # whatever a trial raises is that trial's failure, not the study's
             logger.exception("a pack of %d trials crashed", len(trials))
-            alive = [trial for trial in trials if trial.ticket.id in run.alive]
-            if len(trials) == 1:
-                run.fail(trials[0].ticket, f"{type(error).__name__}: {error}")
-                return 1
-        return run.ended + sum(self._train([self._load(self._ledger.ticket(trial.ticket.id))]) for trial in alive)
+            crash = error.with_traceback(None)  # the frames hold the pack's memory
+        alive = [trial for trial in trials if trial.ticket.id in run.alive and self._is_ours(trial.ticket)]
+        if len(trials) > 1:
+            for trial in alive:
+                self._train([self._load(self._ledger.ticket(trial.ticket.id))])
+        elif alive and alive[0].start.state is not None and not run.started:
+            self._train([self._start_over(alive[0].ticket, crash)])
+        elif alive:
+            run.fail(alive[0].ticket, f"{type(crash).__name__}: {crash}")
+
+    def _is_ours(self, ticket: Ticket) -> bool:
+        """Whether the attempt still is this worker's: what the ledger has now may be another's."""
+        now = self._ledger.ticket(ticket.id)
+        return now.state is TicketState.RUNNING and now.attempt == ticket.attempt
 
     def _training_data(self, hyp: Hyperparameters) -> TrainingData:
         if self._data is None:
@@ -243,6 +271,7 @@ class PackRun:
         mirror: Mirror,
         leases: LeaseKeeper,
         on_batch: Callable[[int, int], None],
+        trials: Sequence[Trial],
     ) -> None:
         self._context = context
         self._config = context.config
@@ -250,23 +279,18 @@ class PackRun:
         self._mirror = mirror
         self._leases = leases
         self._on_batch = on_batch
-        self.ended = 0
-        self.alive: dict[int, Ticket] = {}
-
-    def train(self, trials: Sequence[Trial], data: TrainingData) -> int:
-        """Trains all trials to their ends.
-
-        Returns:
-            Number of trials that ended.
-        """
+        self._trials = trials
+        self.started = False
         self.alive = {trial.ticket.id: trial.ticket for trial in trials}
-        trainer = PackTrainer(
-            self._context.train, [trial.start for trial in trials], data=data, on_batch=self._on_batch
-        )
+
+    def train(self, data: TrainingData) -> None:
+        """Trains all trials to their ends."""
+        starts = [trial.start for trial in self._trials]
+        trainer = PackTrainer(self._context.train, starts, data=data, on_batch=self._on_batch)
+        self.started = True
         while not trainer.finished:
             self._settle(trainer, trainer.run_epoch())
             trainer.drop([key for key in trainer.active if int(key) not in self.alive])
-        return self.ended
 
     def fail(self, ticket: Ticket, reason: str) -> None:
         """Ends a trial as FAIL."""
@@ -331,7 +355,6 @@ class PackRun:
     ) -> None:
         self._ledger.finish(ticket, state, value, reason, epoch)
         self._close(ticket)
-        self.ended += 1
         tell(self._context.study, trial_id_of(ticket), state, value)
         for path in self._context.folder.checkpoints(ticket.number):
             path.unlink(missing_ok=True)

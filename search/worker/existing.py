@@ -1,0 +1,32 @@
+"""Opens a study that exists, without creating anything where it does not."""
+
+from __future__ import annotations
+
+from search.database import database_errors, make_engine, mask_url, schema_owner, sqlite_path, wait_until_ready
+from search.errors import UnknownStudyError
+from search.ledger import Ledger
+
+
+def open_existing(storage_url: str, study: str) -> Ledger:
+    """The ledger of a database that holds studies.
+
+    Args:
+        storage_url: its URL.
+        study: the study that is looked for; named in the error only.
+
+    Raises:
+        UnknownStudyError: there is no such database file, or no study in the database.
+        DatabaseError: the database cannot be reached.
+    """
+    path = sqlite_path(storage_url)
+    where = f"{mask_url(storage_url)}" if path is None else str(path)
+    remedy = "allowed: a study that `yolosearch run` created; see --storage and --runs-dir"
+    if path is not None and not path.is_file():
+        raise UnknownStudyError(f"study {study}: no database {where}; {remedy}")
+    wait_until_ready(storage_url)
+    engine = make_engine(storage_url, create=False)
+    with database_errors(storage_url):
+        owner = schema_owner(engine)
+    if owner == "empty":
+        raise UnknownStudyError(f"study {study}: {where} holds no studies; {remedy}")
+    return Ledger(engine)
