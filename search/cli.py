@@ -22,7 +22,6 @@ import typer
 from rich.console import Console
 from rich.live import Live
 from rich.logging import RichHandler
-from rich.table import Table
 
 from search.config import StudyConfig, load_study_config
 from search.database import check_study_name, make_engine, mask_url, resolve_storage_url
@@ -327,12 +326,10 @@ def _print_json(data: object) -> None:
 
 
 def _print_plan(plan: StudyPlan) -> None:
-    table = Table(title=f"study {plan.config.name}", show_header=False)
     for name, value in plan.rows():
-        table.add_row(name, value)
-    out.print(table)
+        out.print(f"{name:<16} {value}", highlight=False, markup=False, soft_wrap=True)
     for notice in plan.notices:
-        out.print(f"note: {notice}", style="yellow", highlight=False, markup=False)
+        out.print(f"note: {notice}", style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
 def _export(ledger: Ledger, config: StudyConfig, path: Path) -> Path:

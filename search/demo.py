@@ -35,17 +35,17 @@ _TOUCHING = 2
 class DigitsSpec:
     """What the built-in data set looks like; together with a seed it decides every file."""
 
-    images_train: int = 192
-    images_val: int = 96
-    canvas: int = 128
+    images_train: int = 320
+    images_val: int = 64
+    canvas: int = 64
     """Side of the square images in pixels."""
-    digits: tuple[int, ...] = (0, 4, 7, 2)
+    digits: tuple[int, ...] = (0, 7, 4)
     """Which digits are classes, from the most to the least frequent; the class index is the position."""
-    frequencies: tuple[float, ...] = (0.60, 0.25, 0.10, 0.05)
+    frequencies: tuple[float, ...] = (0.65, 0.25, 0.10)
     """Share of each class among the objects."""
-    objects: tuple[int, int] = (2, 7)
+    objects: tuple[int, int] = (1, 4)
     """Fewest and most objects per image."""
-    sizes: tuple[int, int] = (10, 48)
+    sizes: tuple[int, int] = (10, 32)
     """Smallest and largest height of a digit in pixels."""
     small_share: float = 0.55
     """Share of the objects whose height lies in the lowest fifth of `sizes`."""
@@ -53,7 +53,7 @@ class DigitsSpec:
     """Smallest share of the full grey range between stroke and ground."""
     clutter: int = 8
     """Strokes and blobs per image that are no digits."""
-    light_share: float = 0.5
+    light_share: float = 0.0
     """Share of the images with dark digits on a light ground; the others are light on dark."""
     val_share: float = 0.3
     """Share of the scans of each digit kept for validation."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -125,12 +126,10 @@ def _eta(tickets: Sequence[Ticket], reports: Mapping[int, Sequence[EpochRow]]) -
 
 def live_view(status: StudyStatus) -> RenderableType:
     """The table that `run` shows while it works: the slots that train now, and one line about the study."""
-    table = Table(title=f"study {status.study}", expand=False)
-    for name in ("trial", "epoch", "objective", *LOSS_WEIGHT_KEYS):
-        table.add_column(name, justify="right")
+    table = _table(f"study {status.study}", "trial", "epoch", "value", *LOSS_WEIGHT_KEYS)
     for trial in status.trials:
         if trial.state == TicketState.RUNNING:
-            table.add_row(_name(trial), f"{trial.epoch}/{trial.epochs}", _number(trial.value), *_weights(trial))
+            table.add_row(_name(trial), f"{trial.epoch}/{trial.epochs}", _value(trial.value), *_weights(trial))
     return Group(table, Text(headline(status)))
 
 
@@ -139,9 +138,9 @@ def headline(status: StudyStatus, *, with_eta: bool = True) -> str:
     counts = ", ".join(f"{count} {state.lower()}" for state, count in status.counts.items() if count)
     parts = [counts or "nothing yet"]
     if status.best is not None:
-        parts.append(f"best {_number(status.best.value)} (trial {status.best.number})")
+        parts.append(f"best {_value(status.best.value)} (trial {status.best.number})")
     if status.base is not None and status.base.value is not None:
-        parts.append(f"base {_number(status.base.value)}")
+        parts.append(f"base {_value(status.base.value)}")
     if with_eta and status.eta_seconds is not None and not status.finished:
         parts.append(f"about {_duration(status.eta_seconds)} left")
     return " | ".join(parts)
@@ -150,26 +149,22 @@ def headline(status: StudyStatus, *, with_eta: bool = True) -> str:
 def trials_table(status: StudyStatus) -> Table:
     """Every trial of the study."""
     keys = sorted({key for trial in status.trials for key in trial.params}, key=_key_order)
-    table = Table(title=f"trials of {status.study}")
-    for name in ("trial", "state", "epoch", "objective", *keys, "seconds"):
-        table.add_column(name, justify="left" if name == "state" else "right")
+    table = _table(f"trials of {status.study}", "trial", "state", "epoch", "value", *keys, "sec")
     for trial in status.trials:
         style = STATE_STYLES[TicketState(trial.state)]
         params = [_number(trial.params.get(key)) for key in keys]
         seconds = "" if trial.seconds is None else f"{trial.seconds:.0f}"
         epoch = f"{trial.epoch}/{trial.epochs}"
-        table.add_row(_name(trial), Text(trial.state, style=style), epoch, _number(trial.value), *params, seconds)
+        table.add_row(_name(trial), Text(trial.state, style=style), epoch, _value(trial.value), *params, seconds)
     return table
 
 
 def comparison_table(status: StudyStatus, base: Mapping[str, float], best: Mapping[str, float]) -> Table:
     """Base against best: the objective and every hyp key in which they differ or that was searched."""
-    table = Table(title=f"base against best of {status.study}")
-    for name in ("", "base", "best"):
-        table.add_column(name, justify="right" if name else "left")
+    table = _table(f"base against best of {status.study}", "", "base", "best")
     if status.base is not None and status.best is not None:
         table.add_row("trial", str(status.base.number), str(status.best.number))
-        table.add_row("objective", _number(status.base.value), _number(status.best.value))
+        table.add_row("objective", _value(status.base.value), _value(status.best.value))
     searched = {key for trial in status.trials for key in trial.params}
     for key in base:
         if key in searched or base[key] != best[key]:
@@ -177,9 +172,21 @@ def comparison_table(status: StudyStatus, base: Mapping[str, float], best: Mappi
     return table
 
 
+def _table(title: str, *columns: str) -> Table:
+    """A table that fits 80 columns with six searched keys."""
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in columns:
+        table.add_column(name, justify="left" if name in ("", "state") else "right", no_wrap=True)
+    return table
+
+
 def _name(trial: TrialStatus) -> str:
     name = "-" if trial.number is None else str(trial.number)
-    return f"{name} (base)" if trial.ticket == 0 else name
+    return f"base {name}" if trial.ticket == 0 else name
+
+
+def _value(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
 
 
 def _weights(trial: TrialStatus) -> list[str]:
@@ -191,7 +198,7 @@ def _key_order(key: str) -> tuple[int, str]:
 
 
 def _number(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
+    return f"{value:.3g}" if isinstance(value, float) else "" if value is None else str(value)
 
 
 def _duration(seconds: float) -> str:

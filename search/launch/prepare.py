@@ -45,6 +45,7 @@ class StudyPlan:
         base = base_params(config)
         space = [(f"space.{key}", f"{entry.describe()} (base {base[key]:g})") for key, entry in config.space.items()]
         return [
+            ("study", config.name),
             ("data", f"{self.data} (fingerprint {self.fingerprint})"),
             ("images", ", ".join(f"{count} {name}" for name, count in self.images.items())),
             ("training labels", ", ".join(f"{name} {count}" for name, count in self.labels_per_class.items())),
