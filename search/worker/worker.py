@@ -221,15 +221,17 @@ class Worker:
 
     def _train(self, trials: Sequence[Trial]) -> None:
         """Trains one pack; a pack that crashes is retried trial by trial, so that the guilty one fails alone."""
+        data = self._training_data(trials[0].start.hyperparameters)  # what fails here is no trial's fault
         run = PackRun(self._context, self._mirror, self._leases, self._check_stop, trials)
         try:
-            run.train(self._training_data(trials[0].start.hyperparameters))
+            run.train(data)
             return
         except (StopRequested, InputError, SearchError, CheckpointError):
             raise
         except Exception as error:  # whatever a trial raises is that trial's failure, not the study's
             logger.exception("a pack of %d trials crashed", len(trials))
             crash = error.with_traceback(None)  # the frames hold the pack's memory
+        data.close()  # the pack may have died of its loader processes; new ones start by themselves
         alive = [trial for trial in trials if trial.ticket.id in run.alive and self._is_ours(trial.ticket)]
         if len(trials) > 1:
             for trial in alive:

@@ -1,0 +1,623 @@
+"""A worker: real trainer, real databases, real MLflow store, real signals."""
+
+import math
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from optuna.trial import TrialState
+from tiny import NAME, SignalWhen, TinyStudy, make_study
+
+from search.database import make_engine
+from search.errors import LeaseLostError, StudyConflictError, StudyStoppedError, UnknownStudyError
+from search.ledger import Ledger, TicketState, WorkerState
+from search.tracking import TrackingConfigError, open_tracker
+from search.worker.host import host_identity, is_alive, process_identity, release_dead_neighbours
+from search.worker.lease import LeaseKeeper
+from search.worker.mirror import Mirror, MirrorContext
+from search.worker.session import WorkerOptions, run_worker
+from search.worker.worker import StopFlag
+from yolocore.checkpoint import load, load_weights, save_atomic, save_weights
+from yolocore.errors import CheckpointError, DatasetError
+from yolocore.hyperparameters import Hyperparameters
+from yolocore.model import initial_state
+
+COMPLETE, FAIL, WAITING = TicketState.COMPLETE, TicketState.FAIL, TicketState.WAITING
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiny tensors gain nothing from threads, and equal thread counts give equal sums."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("YOLOSEARCH_STORAGE_URL", raising=False)
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def make(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TinyStudy]:
+    """Makes tiny studies, each in a folder of its own."""
+    shared = tmp_path_factory.getbasetemp()
+    return lambda folder="study", **options: make_study(tmp_path / folder, shared, **options)
+
+
+def interrupted(study: TinyStudy) -> None:
+    """Creates the study and stops its worker by SIGTERM once both trials of the pack have a checkpoint."""
+    study.create()
+    with SignalWhen(lambda: all(ticket.epochs_done >= 1 for ticket in study.tickets()[:2])) as sender:
+        study.work("first")
+    assert sender.sent
+
+
+def values(study: TinyStudy) -> list[float | None]:
+    return [ticket.value for ticket in study.tickets()]
+
+
+def last_losses(study: TinyStudy) -> list[float]:
+    """The box loss of each trial's last training epoch."""
+    return [rows[-1].metrics["train_box"] for rows in study.ledger.all_reports(NAME).values()]
+
+
+# ---- a study to its end ----------------------------------------------------------------------------------------------
+
+
+def test_run_worker_study_ledger_optuna_and_mlflow_tell_the_same(make: Callable[..., TinyStudy]) -> None:
+    study = make(tracked=True, trials=3, train={"epochs": 3})
+    study.create()
+
+    assert study.work() == 3
+
+    tickets = study.tickets()
+    assert [ticket.state for ticket in tickets] == [COMPLETE] * 3
+    assert [ticket.attempt for ticket in tickets] == [1] * 3
+    assert tickets[0].params == {"box": 0.05, "cls": 0.5}
+    assert all(ticket.mirrored for ticket in tickets)
+    reports = study.ledger.all_reports(NAME)
+    trials = study.optuna_trials()
+    assert [trial.number for trial in trials] == [0, 1, 2]
+    runs = study.mlflow_runs()
+    assert sorted(runs) == ["summary", "trial-00000", "trial-00001", "trial-00002"]
+    for ticket, trial in zip(tickets, trials, strict=True):
+        rows = reports[ticket.id]
+        curve = {row.epoch: row.value for row in rows}
+        assert sorted(curve) == [0, 1, 2]
+        assert ticket.value == curve[2]
+        assert (trial.state, trial.value, trial.params) == (TrialState.COMPLETE, ticket.value, ticket.params)
+        assert trial.intermediate_values == {epoch + 1: value for epoch, value in curve.items()}
+        run = runs[f"trial-{ticket.trial_number:05d}"]
+        assert run.info.status == "FINISHED"
+        assert study.metric_history(run, "metrics/fitness") == sorted(curve.items())
+        assert study.metric_history(run, "objective") == sorted(curve.items())
+        assert float(run.data.params["box"]) == ticket.params["box"]
+        assert len(run.data.params) == 28
+    assert runs["summary"].info.status == "FINISHED"
+    best = max(tickets, key=lambda ticket: ticket.value)
+    assert runs["summary"].data.tags["yolosearch.best_trial"] == str(best.trial_number)
+    assert runs["summary"].data.tags["yolosearch.trials.complete"] == "3"
+
+
+def test_run_worker_complete_trial_leaves_weights_and_no_checkpoint(make: Callable[..., TinyStudy]) -> None:
+    study = make(trials=1)
+    study.create()
+
+    study.work()
+
+    files = sorted(path.name for path in (study.runs / NAME / "trials" / "00000").iterdir())
+    assert files == ["best.safetensors"]
+    weights = load_weights(study.runs / NAME / "trials" / "00000" / "best.safetensors")
+    assert list(weights) == list(load_like(weights))
+    assert len(weights) == 349
+
+
+def load_like(weights: dict[str, Any]) -> dict[str, Any]:
+    """The fresh weights of the same model, restricted to names that both have."""
+    fresh = initial_state("n", 2, 0)
+    return {name: fresh[name] for name in weights if weights[name].shape == fresh[name].shape}
+
+
+def test_run_worker_tickets_added_continue_the_numbers_and_the_summary(make: Callable[..., TinyStudy]) -> None:
+    study = make(tracked=True, trials=2)
+    study.create()
+    study.work("first")
+
+    assert study.create(more_trials=1) is False
+    assert study.work("second") == 1
+
+    assert [trial.number for trial in study.optuna_trials()] == [0, 1, 2]
+    runs = study.mlflow_runs()
+    assert sorted(runs) == ["summary", "trial-00000", "trial-00001", "trial-00002"]
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    assert [step for step, _ in study.metric_history(runs["summary"], "best/objective")] == [0, 1, 2]
+
+
+def test_run_worker_pruned_trial_is_pruned_everywhere(make: Callable[..., TinyStudy]) -> None:
+    # No fitness reaches 1, so everything that may be pruned is; the base never is.
+    pruner = {"name": "threshold", "lower": 1.0, "min_epochs": 1}
+    study = make(tracked=True, trials=2, train={"epochs": 3}, pruner=pruner)
+    study.create()
+
+    study.work()
+
+    base, other = study.tickets()
+    assert (base.state, other.state) == (COMPLETE, TicketState.PRUNED)
+    assert [row.prune for row in study.ledger.reports(other.id)] == [True]
+    assert [trial.state for trial in study.optuna_trials()] == [TrialState.COMPLETE, TrialState.PRUNED]
+    run = study.mlflow_runs()["trial-00001"]
+    assert (run.info.status, run.data.tags["yolosearch.state"]) == ("KILLED", "PRUNED")
+
+
+def test_run_worker_timeout_over_claims_nothing(make: Callable[..., TinyStudy]) -> None:
+    study = make()
+    study.create()
+
+    assert study.work(timeout=0.0) == 0
+    assert study.states() == [WAITING] * 3
+
+
+# ---- interruption and resumption -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_run_worker_signal_hands_back_uncharged(make: Callable[..., TinyStudy], number: signal.Signals) -> None:
+    study = make(tracked=True, trials=2, train={"epochs": 30})
+    study.create()
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+
+    with SignalWhen(lambda: all(ticket.epochs_done >= 1 for ticket in study.tickets()), number):
+        study.work("first")
+
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    for ticket in study.tickets():
+        assert (ticket.state, ticket.worker, ticket.stalled_attempts, ticket.history) == (WAITING, None, 0, ())
+        assert Path(ticket.checkpoint or "").is_file()
+    runs = study.mlflow_runs()
+    assert {runs[name].info.status for name in ("trial-00000", "trial-00001")} == {"SCHEDULED"}
+    assert [worker.state for worker in study.ledger.workers(NAME)] == [WorkerState.EXITED]
+
+
+def test_run_worker_resumed_study_has_the_numbers_of_an_undisturbed_one(make: Callable[..., TinyStudy]) -> None:
+    undisturbed = make("undisturbed", train={"epochs": 4}, trials=2)
+    undisturbed.create()
+    undisturbed.work()
+    study = make(tracked=True, train={"epochs": 4}, trials=2)
+
+    interrupted(study)
+    assert study.work("second") == 2
+
+    assert values(study) == values(undisturbed)
+    assert [ticket.attempt for ticket in study.tickets()] == [2, 2]
+    assert [ticket.params for ticket in study.tickets()] == [ticket.params for ticket in undisturbed.tickets()]
+    for trial, run in zip(study.optuna_trials(), sorted(study.mlflow_runs().items())[1:], strict=True):
+        assert sorted(trial.intermediate_values) == [1, 2, 3, 4]
+        assert [step for step, _ in study.metric_history(run[1], "metrics/fitness")] == [0, 1, 2, 3]
+
+
+def damage(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def of_another_format(path: Path) -> None:
+    save_atomic(path, {**load(path), "format": 999})
+
+
+@pytest.mark.parametrize("spoil", [Path.unlink, damage, of_another_format])
+def test_run_worker_unusable_checkpoint_starts_over_to_the_same_numbers(
+    make: Callable[..., TinyStudy], spoil: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    study = make(train={"epochs": 3}, trials=2)
+    interrupted(study)
+    first = study.tickets()[0]
+    early = [row.value for row in study.ledger.reports(first.id)]
+    spoil(Path(first.checkpoint or ""))
+
+    study.work("second")
+
+    assert "trial 0 starts over with its seed, its checkpoint is unusable: " in caplog.text
+    assert study.states() == [COMPLETE] * 2
+    assert [row.value for row in study.ledger.reports(first.id)][: len(early)] == early
+    undisturbed = make("undisturbed", train={"epochs": 3}, trials=2)
+    undisturbed.create()
+    undisturbed.work()
+    # It trained alone this time, so rounding differs.
+    assert last_losses(study) == pytest.approx(last_losses(undisturbed), rel=1e-3)
+
+
+def test_run_worker_lease_taken_away_continues_as_a_new_attempt(make: Callable[..., TinyStudy]) -> None:
+    study = make(train={"epochs": 4}, trials=2)
+    study.create()
+
+    class Release(SignalWhen):
+        def run(self) -> None:
+            while not self._over.wait(0.02):
+                if all(ticket.epochs_done >= 1 for ticket in study.tickets()):
+                    self.sent = study.ledger.release_worker("here") == 2
+                    return
+
+    with Release(lambda: True) as thief:
+        study.work()
+
+    assert thief.sent
+    assert study.states() == [COMPLETE] * 2
+    assert [ticket.attempt for ticket in study.tickets()] == [2, 2]
+    assert [len(rows) for rows in study.ledger.all_reports(NAME).values()] == [4, 4]
+    assert [trial.state for trial in study.optuna_trials()] == [TrialState.COMPLETE] * 2
+
+
+def test_run_worker_trial_asked_but_not_linked_is_adopted(make: Callable[..., TinyStudy]) -> None:
+    study = make(trials=2)
+    study.create()
+    # What a worker leaves that dies between asking Optuna and linking the ticket.
+    with sqlite3.connect(study.runs / NAME / "study.db") as connection:
+        connection.execute(
+            "UPDATE yolosearch_ticket SET trial_id = NULL, trial_number = NULL, params = NULL WHERE number = 0"
+        )
+
+    study.work()
+
+    assert [trial.state for trial in study.optuna_trials()] == [TrialState.COMPLETE] * 2
+    assert [ticket.trial_number for ticket in study.tickets()] == [0, 1]
+
+
+# ---- failures --------------------------------------------------------------------------------------------------------
+
+
+def test_run_worker_non_finite_slot_fails_alone_with_its_reason_everywhere(make: Callable[..., TinyStudy]) -> None:
+    study = make(tracked=True, train={"epochs": 3}, trials=2)
+    interrupted(study)
+    second = study.tickets()[1]
+    state = load(Path(second.checkpoint or ""))
+    next(iter(state["model"].values())).fill_(math.nan)
+    save_atomic(Path(second.checkpoint or ""), state)
+
+    study.work("second")
+
+    base, failed = study.tickets()
+    assert (base.state, failed.state) == (COMPLETE, FAIL)
+    assert failed.reason is not None
+    assert failed.reason.startswith("the loss is not finite")
+    assert [trial.state for trial in study.optuna_trials()] == [TrialState.COMPLETE, TrialState.FAIL]
+    run = study.mlflow_runs()["trial-00001"]
+    assert run.info.status == "FAILED"
+    assert run.data.tags["yolosearch.reason"] == failed.reason
+
+
+def test_run_worker_failures_in_a_row_stop_the_study_until_it_is_told_to_go_on(make: Callable[..., TinyStudy]) -> None:
+    study = make(trials=5)
+    weights = study.folder / "start.safetensors"
+    sound = initial_state("n", 2, 0)
+    save_weights(weights, {name: t * math.nan if name.endswith("conv.weight") else t for name, t in sound.items()})
+    study.write(trials=5, train={"weights": str(weights)}, max_failures_in_a_row=2)
+    study.create()
+
+    with pytest.raises(StudyStoppedError, match=r"^study tiny stopped: 2 trials in a row failed: .*not finite"):
+        study.work("first")
+    with pytest.raises(StudyStoppedError, match="2 trials in a row failed"):
+        study.work("second")
+    assert study.states() == [FAIL, FAIL, WAITING, WAITING, WAITING]
+
+    save_weights(weights, sound)
+    study.create()
+    assert study.work("third") == 3
+    assert study.states() == [FAIL, FAIL, COMPLETE, COMPLETE, COMPLETE]
+
+
+def test_run_worker_image_deleted_meanwhile_ends_the_worker_and_charges_nobody(make: Callable[..., TinyStudy]) -> None:
+    study = make(trials=2, train={"epochs": 30, "cache": "none"})
+    study.create()
+    image = study.data.parent / "images" / "train" / "00003.png"
+
+    class Delete(SignalWhen):
+        def run(self) -> None:
+            while not self._over.wait(0.02):
+                if all(ticket.epochs_done >= 1 for ticket in study.tickets()):
+                    image.unlink()
+                    return
+
+    with Delete(lambda: True), pytest.raises(DatasetError, match=r"00003\.png"):
+        study.work("first")
+
+    assert study.states() == [WAITING] * 2
+    assert [ticket.stalled_attempts for ticket in study.tickets()] == [0, 0]
+
+
+def test_run_worker_checkpoint_that_cannot_be_written_is_no_trials_fault(make: Callable[..., TinyStudy]) -> None:
+    study = make(trials=2)
+    study.create()
+    blocked = study.runs / NAME / "trials" / "00001"
+    blocked.parent.mkdir(parents=True)
+    blocked.write_text("a file where a folder should be")
+
+    with pytest.raises(CheckpointError, match="00001"):
+        study.work("first")
+    assert study.states() == [WAITING] * 2
+
+    blocked.unlink()
+    study.work("second")
+    assert study.states() == [COMPLETE] * 2
+
+
+def test_run_worker_data_that_cannot_be_loaded_charges_nobody(
+    make: Callable[..., TinyStudy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = make(trials=2, train={"workers": 1})
+    study.create()
+    # Not the data but the machine: there is no place for what the loaders share.
+    monkeypatch.setattr(tempfile, "tempdir", str(study.folder / "nowhere"))
+
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        study.work()
+
+    assert study.states() == [WAITING] * 2
+
+
+def loader_processes() -> list[int]:
+    """Processes of this one that load images."""
+    lists = [path.read_text() for path in Path("/proc/self/task").glob("*/children")]
+    pids = [int(word) for text in lists for word in text.split()]
+    return [pid for pid in pids if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def test_run_worker_pack_that_crashes_is_retried_trial_by_trial(
+    make: Callable[..., TinyStudy], caplog: pytest.LogCaptureFixture
+) -> None:
+    study = make(trials=2, train={"epochs": 4, "workers": 1, "eval_every": 4})
+    study.create()
+
+    class KillLoader(SignalWhen):
+        def run(self) -> None:
+            while not self._over.wait(0.02):
+                if all(ticket.epochs_done >= 1 for ticket in study.tickets()):
+                    for pid in loader_processes():
+                        os.kill(pid, signal.SIGKILL)
+                    return
+
+    with KillLoader(lambda: True):
+        study.work()
+
+    assert "a pack of 2 trials crashed" in caplog.text
+    assert study.states() == [COMPLETE] * 2
+    assert [ticket.attempt for ticket in study.tickets()] == [1, 1]
+
+
+# ---- what a worker refuses -------------------------------------------------------------------------------------------
+
+
+def test_run_worker_changed_label_is_refused_naming_both_fingerprints(make: Callable[..., TinyStudy]) -> None:
+    study = make()
+    study.create()
+    label = study.data.parent / "labels" / "train" / "00000.txt"
+    label.write_text("0 0.5 0.5 0.3 0.3\n")
+
+    with pytest.raises(StudyConflictError, match=f"fingerprint .* is not that of study {NAME}"):
+        study.work()
+
+    assert study.states() == [WAITING] * 3
+
+
+def test_run_worker_unknown_study_creates_no_file(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/nowhere/study.db"
+
+    with pytest.raises(UnknownStudyError, match="study other: no database"):
+        run_worker(WorkerOptions(storage_url=url, study="other", runs_dir=tmp_path, worker_id="w"))
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_run_worker_other_name_names_the_studies_that_exist(make: Callable[..., TinyStudy]) -> None:
+    study = make()
+    study.create()
+    options = WorkerOptions(storage_url=study.storage_url, study="tinny", runs_dir=study.runs, worker_id="w")
+
+    with pytest.raises(UnknownStudyError, match=NAME):
+        run_worker(options)
+
+
+# ---- who is alive ----------------------------------------------------------------------------------------------------
+
+CLAIM_AND_DIE = """
+import os, signal, sys
+from search.database import make_engine
+from search.ledger import Ledger
+from search.worker.host import process_identity
+ledger = Ledger(make_engine(sys.argv[1]))
+ledger.register_worker("gone", "tiny", process_identity(), os.getpid(), "cpu")
+ledger.claim("tiny", "gone", 2, 600.0)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_release_dead_neighbours_frees_what_a_killed_process_held(make: Callable[..., TinyStudy]) -> None:
+    study = make()
+    study.create()
+    died = subprocess.run([sys.executable, "-c", CLAIM_AND_DIE, study.storage_url], check=False)
+    assert died.returncode == -signal.SIGKILL
+    assert study.states() == [TicketState.RUNNING, TicketState.RUNNING, WAITING]
+
+    assert release_dead_neighbours(study.ledger, NAME) == 2
+
+    assert study.states() == [WAITING] * 3
+    assert [worker.state for worker in study.ledger.workers(NAME)] == [WorkerState.DEAD]
+
+
+def test_release_dead_neighbours_leaves_the_living_and_other_hosts_alone(make: Callable[..., TinyStudy]) -> None:
+    study = make()
+    study.create()
+    ledger = study.ledger
+    # Neither worker id stands on this process's command line.
+    ledger.register_worker("alive", NAME, process_identity(), os.getpid(), "cpu")
+    ledger.register_worker("elsewhere", NAME, "another#12345678@99", 1, "cpu")
+    ledger.claim(NAME, "alive", 1, 600.0)
+    ledger.claim(NAME, "elsewhere", 1, 600.0)
+
+    assert release_dead_neighbours(ledger, NAME) == 0
+    assert study.states() == [TicketState.RUNNING, TicketState.RUNNING, WAITING]
+
+
+def test_is_alive_process_id_used_again_or_not_waited_for_is_dead() -> None:
+    assert is_alive(os.getpid(), process_identity())
+    assert not is_alive(os.getpid(), f"{host_identity()}@1")
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as child:
+        ticks = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[19]
+        identity = f"{host_identity()}@{ticks}"
+        assert is_alive(child.pid, identity)
+        child.kill()
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        assert not is_alive(child.pid, identity)
+    assert not is_alive(child.pid, identity)
+
+
+def test_stop_flag_launcher_gone_is_noticed() -> None:
+    assert not StopFlag(os.getppid()).is_set
+    assert StopFlag(os.getpid()).is_set
+    assert not StopFlag(None).is_set
+
+
+# ---- leases ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def created(make: Callable[..., TinyStudy]) -> TinyStudy:
+    study = make()
+    study.create()
+    return study
+
+
+def test_lease_keeper_thread_renews_before_the_lease_ends(created: TinyStudy) -> None:
+    ledger = created.ledger
+    ticket = ledger.claim(NAME, "here", 1, 60.0)[0]
+    with LeaseKeeper(ledger, "here", 60.0 / 100) as keeper:
+        keeper.hold([ticket.id])
+        deadline = time.monotonic() + 30
+        while ledger.ticket(ticket.id).lease_expires == ticket.lease_expires and time.monotonic() < deadline:
+            time.sleep(0.02)
+    assert ledger.ticket(ticket.id).lease_expires != ticket.lease_expires
+    assert keeper.lost == frozenset()
+
+
+def test_lease_keeper_ticket_taken_over_is_lost_and_a_finished_one_is_not(created: TinyStudy) -> None:
+    ledger = created.ledger
+    first, second = ledger.claim(NAME, "here", 2, 60.0)
+    keeper = LeaseKeeper(ledger, "here", 60.0)
+    keeper.hold([first.id, second.id])
+    ledger.release_worker("here")
+    ledger.claim(NAME, "there", 1, 60.0)
+
+    keeper.release([second.id])
+    keeper.renew()
+
+    assert keeper.lost == {first.id}
+    with pytest.raises(LeaseLostError):
+        ledger.save_progress(first, 1, None)
+
+
+# ---- the mirror ------------------------------------------------------------------------------------------------------
+
+
+def mirror_of(study: TinyStudy, uri: str | None = None) -> Mirror:
+    from search.paths import StudyFolder
+    from search.study import load_study, open_storage
+
+    context = MirrorContext(
+        config=study.config,
+        record=study.ledger.study(NAME),
+        folder=StudyFolder(study.runs, NAME),
+        class_names=("digit 0", "digit/4"),
+        storage_url=study.storage_url,
+    )
+    tracker = open_tracker(enabled=True, uri=uri, runs_dir=study.runs)
+    return Mirror(study.ledger, load_study(study.config, open_storage(study.storage_url)), tracker, context)
+
+
+def finish_one(ledger: Ledger) -> int:
+    """Ticket 0 with two epochs, COMPLETE, as a worker leaves it that dies before anything is mirrored."""
+    ticket = ledger.claim(NAME, "here", 1, 60.0)[0]
+    for epoch, value in enumerate((0.25, 0.5)):
+        metrics = {"fitness": value, "val_box": math.nan, "class_ap/1": 0.125, "lr_bias": 0.1}
+        ledger.record_epoch(ticket, epoch, value, metrics, 1_700_000_000.5 + epoch)
+    ledger.finish(ticket, COMPLETE, 0.5, None, 1)
+    return ticket.id
+
+
+def test_mirror_reconcile_completes_what_a_dead_worker_left_and_repeats_nothing(
+    make: Callable[..., TinyStudy],
+) -> None:
+    study = make(tracked=True, trials=1)
+    study.create()
+    ticket_id = finish_one(study.ledger)
+
+    for _ in range(2):
+        with mirror_of(study) as mirror:
+            mirror.reconcile()
+            mirror.notify(ticket_id)
+
+    trial = study.optuna_trials()[0]
+    assert (trial.state, trial.value) == (TrialState.COMPLETE, 0.5)
+    runs = study.mlflow_runs()
+    assert {name: run.info.status for name, run in runs.items()} == {"trial-00000": "FINISHED", "summary": "FINISHED"}
+    run = runs["trial-00000"]
+    assert study.metric_history(run, "metrics/fitness") == [(0, 0.25), (1, 0.5)]
+    assert study.metric_history(run, "class_ap/digit_4") == [(0, 0.125), (1, 0.125)]
+    assert study.metric_history(run, "val/box_loss") == []
+    assert study.metric_history(runs["summary"], "best/objective") == [(0, 0.5)]
+    artifacts = study.runs / "mlartifacts"
+    hyps = [Hyperparameters.from_yaml(path) for path in artifacts.rglob("hyp*.yaml")]
+    assert [hyp.box for hyp in hyps] == [0.05, 0.05]
+    assert study.tickets()[0].mirrored
+
+
+def test_mirror_store_away_loses_nothing(make: Callable[..., TinyStudy], caplog: pytest.LogCaptureFixture) -> None:
+    study = make(tracked=True, trials=1)
+    study.create()
+    finish_one(study.ledger)
+
+    # Port 9 (discard) refuses connections.
+    away = mirror_of(study, "http://127.0.0.1:9")
+    away.reconcile()
+    away._thread.start()
+    away.close(timeout=4)
+
+    assert "could not be sent, trying again" in caplog.text
+    assert "the next worker of this study sends them" in caplog.text
+    assert not study.tickets()[0].mirrored
+    assert study.optuna_trials()[0].state is TrialState.COMPLETE
+    with mirror_of(study) as mirror:
+        mirror.reconcile()
+    assert study.tickets()[0].mirrored
+    assert study.mlflow_runs()["trial-00000"].info.status == "FINISHED"
+
+
+def test_mirror_unusable_store_is_refused_before_the_study_starts(
+    make: Callable[..., TinyStudy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = make(tracked=True)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "htp://host")
+
+    with pytest.raises(TrackingConfigError, match="htp://host"):
+        study.create()
+
+    assert not (study.runs / NAME).exists()
+
+
+# ---- PostgreSQL ------------------------------------------------------------------------------------------------------
+
+
+def test_run_worker_on_postgresql_resumes_a_study(make: Callable[..., TinyStudy], postgres_url: str) -> None:
+    study = make(storage_url=postgres_url, train={"epochs": 3}, trials=2)
+
+    interrupted(study)
+    study.work("second")
+
+    assert study.states() == [COMPLETE] * 2
+    assert [ticket.attempt for ticket in study.tickets()] == [2, 2]
+    assert [trial.state for trial in study.optuna_trials()] == [TrialState.COMPLETE] * 2
+    engine = make_engine(postgres_url)
+    assert len(Ledger(engine).all_reports(NAME)) == 2
+    engine.dispose()
