@@ -146,8 +146,8 @@ def headline(status: StudyStatus, *, with_eta: bool = True) -> str:
     return " | ".join(parts)
 
 
-def trials_table(status: StudyStatus) -> Table:
-    """Every trial of the study."""
+def trials_table(status: StudyStatus) -> RenderableType:
+    """Every trial of the study, with the reasons of those that failed."""
     keys = sorted({key for trial in status.trials for key in trial.params}, key=_key_order)
     table = _table(f"trials of {status.study}", "trial", "state", "epoch", "value", *keys, "sec")
     for trial in status.trials:
@@ -156,7 +156,8 @@ def trials_table(status: StudyStatus) -> Table:
         seconds = "" if trial.seconds is None else f"{trial.seconds:.0f}"
         epoch = f"{trial.epoch}/{trial.epochs}"
         table.add_row(_name(trial), Text(trial.state, style=style), epoch, _value(trial.value), *params, seconds)
-    return table
+    reasons = [Text(f"trial {_name(trial)}: {trial.reason}") for trial in status.trials if trial.reason]
+    return Group(table, *reasons)
 
 
 def comparison_table(status: StudyStatus, base: Mapping[str, float], best: Mapping[str, float]) -> Table:
