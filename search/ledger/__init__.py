@@ -2,12 +2,13 @@
 
 from search.ledger.claims import MAX_STALLED
 from search.ledger.ledger import Ledger
-from search.ledger.records import EpochRow, StudyRecord, Ticket, TicketState, WorkerRow, WorkerState
+from search.ledger.records import EpochRow, StateCount, StudyRecord, Ticket, TicketState, WorkerRow, WorkerState
 
 __all__ = [
     "MAX_STALLED",
     "EpochRow",
     "Ledger",
+    "StateCount",
     "StudyRecord",
     "Ticket",
     "TicketState",

@@ -3,16 +3,16 @@
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import IntegrityError
 
 from search.database import READ_ONLY, check_study_name, database_errors, named_lock, retry
-from search.errors import DatabaseError
+from search.errors import DatabaseError, StudyConflictError, UserInputError
 from search.ledger import claims, schema
-from search.ledger.records import EpochRow, StudyRecord, Ticket, TicketState, WorkerRow, WorkerState
+from search.ledger.records import EpochRow, StateCount, StudyRecord, Ticket, TicketState, WorkerRow, WorkerState
 from search.ledger.rows import (
     TICKET_COLUMNS,
     clock,
@@ -123,21 +123,123 @@ class Ledger:
 
         self._write(update)
 
-    def add_tickets(self, study: str, count: int, *, kind: str = SEARCH) -> None:
-        """Raises the budget by `count`; the numbers stay gapless whoever else does so at the same time."""
-        token = uuid.uuid4().hex
+    def add_tickets(
+        self, study: str, count: int, *, kind: str = SEARCH, fixed_params: Sequence[Mapping[str, Any] | None] = ()
+    ) -> None:
+        """Raises the budget by `count`; the numbers stay gapless whoever else does so at the same time.
 
-        def add(connection: Connection) -> None:
+        Args:
+            study: its name.
+            count: how many.
+            kind: which budget.
+            fixed_params: of the first of them, None to let the sampler choose, as it does for the rest.
+        """
+        if len(fixed_params) > count:
+            raise ValueError(f"{len(fixed_params)} sets of parameters for {count} tickets")
+        params = [*fixed_params, *[None] * (count - len(fixed_params))]
+        self._add(study, kind, params)
+
+    def retry_tickets(
+        self, study: str, fixed_params: Mapping[int, Mapping[str, Any] | None], *, kind: str = SEARCH
+    ) -> tuple[Ticket, ...]:
+        """Adds a new ticket for each of some failed ones, which stay as they are.
+
+        Args:
+            study: its name.
+            fixed_params: number of each failed ticket, and the parameters of its new one; None: the sampler's.
+            kind: which budget.
+
+        Returns:
+            The new tickets; their `retry_of` names the failed ones.
+
+        Raises:
+            UserInputError: a ticket that is not FAIL, or that was retried before; nothing was written.
+        """
+        numbers = list(fixed_params)
+        columns = ticket_table.c
+
+        def check(connection: Connection) -> None:
+            of_kind = (columns.study == study) & (columns.kind == kind)
+            query = sa.select(columns.number, columns.state, columns.retry_of).where(of_kind)
+            rows = connection.execute(query).all()
+            states = {row.number: row.state for row in rows}
+            retried = {row.retry_of: row.number for row in rows if row.retry_of is not None}
+            for number in numbers:
+                if number in retried:
+                    _refuse_retry(study, number, f"was retried already, as trial {retried[number]}")
+                if (state := states.get(number)) != TicketState.FAIL:
+                    _refuse_retry(study, number, "does not exist" if state is None else f"is {state}")
+
+        return self._add(study, kind, list(fixed_params.values()), numbers, check)
+
+    def _add(
+        self,
+        study: str,
+        kind: str,
+        params: Sequence[Mapping[str, Any] | None],
+        retry_of: Sequence[int] | None = None,
+        check: Callable[[Connection], None] | None = None,
+    ) -> tuple[Ticket, ...]:
+        token = uuid.uuid4().hex
+        mine = ticket_table.c.token == token
+
+        def add(connection: Connection) -> tuple[Ticket, ...]:
             read_study(connection, study, lock=True)
             of_kind = (ticket_table.c.study == study) & (ticket_table.c.kind == kind)
-            added = sa.select(sa.func.count()).where(of_kind & (ticket_table.c.token == token))
-            if connection.execute(added).scalar_one():
-                return
-            highest = connection.execute(sa.select(sa.func.max(ticket_table.c.number)).where(of_kind)).scalar()
-            start = 0 if highest is None else highest + 1
-            _insert_tickets(connection, study, kind, start, [None] * count, token)
+            added = sa.select(*TICKET_COLUMNS).where(of_kind & mine).order_by(ticket_table.c.number)
+            if not (rows := connection.execute(added).all()):
+                if check is not None:
+                    check(connection)
+                highest = connection.execute(sa.select(sa.func.max(ticket_table.c.number)).where(of_kind)).scalar()
+                start = 0 if highest is None else highest + 1
+                _insert_tickets(connection, study, kind, start, params, token, retry_of)
+                rows = connection.execute(added).all()
+            return tuple(ticket_of(row) for row in rows)
 
-        self._write(add)
+        return self._write(add)
+
+    def delete_study(self, name: str, *, force: bool = False) -> None:
+        """Deletes a study with its tickets, reports and workers, or nothing.
+
+        Args:
+            name: the study; nothing happens if there is none of this name.
+            force: also if tickets are held. Their holders lose them.
+
+        Raises:
+            StudyConflictError: tickets are RUNNING with a lease that has not expired.
+        """
+        columns = ticket_table.c
+
+        def delete(connection: Connection) -> None:
+            study = sa.select(study_table.c.name).where(study_table.c.name == name).with_for_update()
+            if connection.execute(study).one_or_none() is None:
+                return
+            # Locked in the order of the ids, as everywhere.
+            query = sa.select(*TICKET_COLUMNS).where(columns.study == name).order_by(columns.id).with_for_update()
+            tickets = [ticket_of(row) for row in connection.execute(query)]
+            now = clock(connection)
+            live = [ticket for ticket in tickets if ticket.state is TicketState.RUNNING and not _expired(ticket, now)]
+            if live and not force:
+                raise StudyConflictError(_still_running(name, live, now))
+            of_study = sa.select(columns.id).where(columns.study == name)
+            connection.execute(sa.delete(epoch_table).where(epoch_table.c.ticket_id.in_(of_study)))
+            for table in (ticket_table, worker_table):
+                connection.execute(sa.delete(table).where(table.c.study == name))
+            connection.execute(sa.delete(study_table).where(study_table.c.name == name))
+
+        self._write(delete)
+
+    def refuse_if_running(self, name: str) -> None:
+        """Raises StudyConflictError if tickets of the study are RUNNING with a lease that has not expired."""
+        running = (ticket_table.c.study == name) & (ticket_table.c.state == TicketState.RUNNING)
+        query = sa.select(*TICKET_COLUMNS).where(running).order_by(ticket_table.c.number)
+
+        def read(connection: Connection) -> tuple[list[Ticket], float]:
+            return [ticket_of(row) for row in connection.execute(query)], clock(connection)
+
+        tickets, now = self._read(read)
+        if live := [ticket for ticket in tickets if not _expired(ticket, now)]:
+            raise StudyConflictError(_still_running(name, live, now))
 
     # -- claiming -----------------------------------------------------------------------------------------------------
 
@@ -426,6 +528,24 @@ class Ledger:
         found = self._read(lambda connection: {row[0]: row[1] for row in connection.execute(query)})
         return {state: found.get(state, 0) for state in TicketState}
 
+    def state_counts(self) -> tuple[StateCount, ...]:
+        """How many search tickets every study has in each state, and the best value among them; one query."""
+        columns = ticket_table.c
+        query = (
+            sa.select(columns.study, columns.state, sa.func.count().label("count"), sa.func.max(columns.value))
+            .where(columns.kind == SEARCH)
+            .group_by(columns.study, columns.state)
+            .order_by(columns.study, columns.state)
+        )
+
+        def read(connection: Connection) -> tuple[StateCount, ...]:
+            return tuple(
+                StateCount(study=study, state=TicketState(state), count=count, best=best)
+                for study, state, count, best in connection.execute(query)
+            )
+
+        return self._read(read)
+
     def failures_in_a_row(self, study: str) -> int:
         """How many tickets failed since the last one that did not (or since the study was told to go on)."""
         columns = ticket_table.c
@@ -506,6 +626,23 @@ def _update_study(connection: Connection, name: str, values: Mapping[str, Any]) 
     connection.execute(sa.update(study_table).where(study_table.c.name == name).values(**values))
 
 
+def _expired(ticket: Ticket, now: float) -> bool:
+    return ticket.lease_expires is None or ticket.lease_expires < now
+
+
+def _still_running(study: str, tickets: Sequence[Ticket], now: float) -> str:
+    holders = ", ".join(dict.fromkeys(str(ticket.worker) for ticket in tickets))
+    seconds = max((ticket.lease_expires or now) - now for ticket in tickets)
+    return (
+        f"study {study}: {len(tickets)} of its trials are running on {holders} (leases end in {seconds:.0f} s); "
+        "allowed: a study that nobody works on, or --force"
+    )
+
+
+def _refuse_retry(study: str, number: int, why: str) -> NoReturn:
+    raise UserInputError(f"study {study}: trial {number} {why}; allowed: trials that are FAIL and not retried yet")
+
+
 def _existing_epoch(connection: Connection, ticket: Ticket, epoch: int) -> EpochRow:
     row = read_epoch(connection, ticket.id, epoch)
     if row is None:
@@ -520,6 +657,7 @@ def _insert_tickets(
     start: int,
     fixed_params: Sequence[Mapping[str, Any] | None],
     token: str,
+    retry_of: Sequence[int] | None = None,
 ) -> None:
     now = clock(connection)
     common = {
@@ -535,9 +673,15 @@ def _insert_tickets(
         "created": now,
         "token": token,
     }
+    origins = [None] * len(fixed_params) if retry_of is None else retry_of
     rows = [
-        {**common, "number": number, "fixed_params": None if params is None else dict(params)}
-        for number, params in enumerate(fixed_params, start)
+        {
+            **common,
+            "number": start + index,
+            "fixed_params": None if params is None else dict(params),
+            "retry_of": origin,
+        }
+        for index, (params, origin) in enumerate(zip(fixed_params, origins, strict=True))
     ]
     if rows:
         connection.execute(sa.insert(ticket_table), rows)

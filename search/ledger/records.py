@@ -68,6 +68,19 @@ class Ticket:
     created: float
     started: float | None
     finished: float | None
+    retry_of: int | None = None
+    """Number of the failed ticket that this one gives another chance."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StateCount:
+    """The search tickets of one study that are in one state."""
+
+    study: str
+    state: TicketState
+    count: int
+    best: float | None
+    """The largest value among them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -41,26 +41,44 @@ def check_schema(engine: Engine) -> None:
     """
     refuse_foreign_schema(engine)
     with database_errors(engine.url):
-        if not _is_current(engine):
-            raise DatabaseError(f"{mask_url(engine.url)} holds no study yet; `yolosearch run` makes one")
+        revision = _revision(engine)
+    if revision is None:
+        raise DatabaseError(f"{mask_url(engine.url)} holds no study yet; `yolosearch run` makes one")
+    if revision != _known()[0]:
+        raise DatabaseError(
+            f"{mask_url(engine.url)} has the ledger schema {revision} of an older yolosearch; "
+            "`yolosearch run` or `yolosearch worker` upgrades it"
+        )
 
 
 def _is_current(engine: Engine) -> bool:
     """Whether the schema is this version's; raises for one that this version does not know."""
+    return _revision(engine) == _known()[0]
+
+
+def _known() -> list[str]:
+    """The revisions of this version, newest first."""
+    script = ScriptDirectory.from_config(_config())
+    return [entry.revision for entry in script.walk_revisions()]
+
+
+def _revision(engine: Engine) -> str | None:
+    """The schema's revision, None if there is none yet; raises for one that this version does not know."""
     with engine.connect().execution_options(**READ_ONLY) as connection:
         tables = set(sa.inspect(connection).get_table_names())
         if VERSION_TABLE not in tables:
             _refuse_leftovers(engine, {table for table in tables if table.startswith(PREFIX)})
-            return False
-        revision = connection.execute(sa.text(f"SELECT version_num FROM {VERSION_TABLE}")).scalar_one_or_none()
-    script = ScriptDirectory.from_config(_config())
-    known = [entry.revision for entry in script.walk_revisions()]
+            return None
+        revision: str | None = connection.execute(
+            sa.text(f"SELECT version_num FROM {VERSION_TABLE}")
+        ).scalar_one_or_none()
+    known = _known()
     if revision is not None and revision not in known:
         raise DatabaseError(
             f"{mask_url(engine.url)} has the ledger schema {revision}, made by a newer yolosearch; "
             f"this one knows up to {known[0]}: update yolosearch"
         )
-    return revision == known[0]
+    return revision
 
 
 def _refuse_leftovers(engine: Engine, tables: set[str]) -> None:

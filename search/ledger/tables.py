@@ -111,11 +111,15 @@ ticket_table = sa.Table(
     sa.Column("created", sa.Double, nullable=False),
     sa.Column("started", sa.Double),
     sa.Column("finished", sa.Double),
+    # Number of the failed ticket that this one gives another chance.
+    sa.Column("retry_of", sa.Integer),
     # The claim (or the addition) that wrote this row last; see study_table.c.token.
     sa.Column("token", sa.String(32), nullable=False),
     sa.UniqueConstraint("study", "kind", "number"),
     # Two tickets can never own one trial, whatever becomes of the ask lock.
     sa.UniqueConstraint("study", "trial_id"),
+    # Of two processes that retry a ticket at the same time, one fails.
+    sa.Index(None, "study", "kind", "retry_of", unique=True),
     sa.Index(None, "study", "state", "number"),
     sa.Index(None, "worker", "state"),
 )

@@ -17,7 +17,14 @@ from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import OperationalError
 
 from search.database import make_engine
-from search.errors import DatabaseError, LeaseLostError, StudyStoppedError, UnknownStudyError, UserInputError
+from search.errors import (
+    DatabaseError,
+    LeaseLostError,
+    StudyConflictError,
+    StudyStoppedError,
+    UnknownStudyError,
+    UserInputError,
+)
 from search.ledger import MAX_STALLED, Ledger, StudyRecord, Ticket, TicketState, WorkerState
 from search.ledger.tables import metadata, to_json_value
 
@@ -528,6 +535,94 @@ def test_patience_spent_raises_masked_line(engine: Engine, ledger: Ledger) -> No
     assert impatient.counts("s")[TicketState.WAITING] == 4
 
 
+# -- housekeeping -----------------------------------------------------------------------------------------------------
+
+
+def test_add_tickets_with_parameters_puts_them_on_the_first(ledger: Ledger) -> None:
+    ledger.add_tickets("s", 3, fixed_params=[{"box": 0.1}, None])
+    assert [ticket.fixed_params for ticket in ledger.tickets("s")[4:]] == [{"box": 0.1}, None, None]
+    with pytest.raises(ValueError, match="2 sets of parameters for 1 tickets"):
+        ledger.add_tickets("s", 1, fixed_params=[None, None])
+    assert len(ledger.tickets("s")) == 7
+
+
+def test_retry_tickets_adds_new_ones_and_leaves_the_failed(ledger: Ledger) -> None:
+    spend(ledger, TicketState.FAIL, TicketState.COMPLETE, TicketState.FAIL)
+    added = ledger.retry_tickets("s", {2: None, 0: {"box": 0.05}})
+    assert [(ticket.number, ticket.retry_of, ticket.fixed_params) for ticket in added] == [
+        (4, 2, None),
+        (5, 0, {"box": 0.05}),
+    ]
+    assert {ticket.state for ticket in added} == {TicketState.WAITING}
+    assert [ticket.state for ticket in ledger.tickets("s")[:3]] == [
+        TicketState.FAIL,
+        TicketState.COMPLETE,
+        TicketState.FAIL,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("number", "problem"), [(0, "was retried already, as trial 4"), (1, "is COMPLETE"), (3, "is WAITING"), (9, "does")]
+)
+def test_retry_tickets_that_cannot_be_retried_raises_and_adds_none(ledger: Ledger, number: int, problem: str) -> None:
+    spend(ledger, TicketState.FAIL, TicketState.COMPLETE, TicketState.FAIL)
+    ledger.retry_tickets("s", {0: None})
+    with pytest.raises(UserInputError, match=rf"study s: trial {number} {problem}"):
+        ledger.retry_tickets("s", {2: None, number: None})
+    assert len(ledger.tickets("s")) == 5
+
+
+def test_retry_tickets_of_a_retry_is_allowed(ledger: Ledger) -> None:
+    spend(ledger, TicketState.FAIL, TicketState.COMPLETE, TicketState.COMPLETE, TicketState.COMPLETE)
+    ledger.retry_tickets("s", {0: None})
+    spend(ledger, TicketState.FAIL)
+    (again,) = ledger.retry_tickets("s", {4: None})
+    assert (again.number, again.retry_of) == (5, 4)
+
+
+def test_delete_study_takes_all_its_rows_and_no_others(ledger: Ledger, engine: Engine) -> None:
+    ledger.create_study(StudyRecord(name="t", config={}, fingerprint="", versions={}, created=6.0), [None])
+    for name in ("s", "t"):
+        ledger.register_worker(f"w-{name}", name, "h", 1, "cpu")
+        (ticket,) = ledger.claim(name, f"w-{name}", 1, EXPIRED)
+        ledger.record_epoch(ticket, 0, 0.5, {"map": 0.5})
+    ledger.delete_study("s")
+    ledger.delete_study("s")
+    assert [record.name for record in ledger.studies()] == ["t"]
+    with engine.connect() as connection:
+        for table, count in (("ticket", 1), ("epoch", 1), ("worker", 1)):
+            assert connection.execute(sa.text(f"SELECT count(*) FROM yolosearch_{table}")).scalar() == count
+
+
+def test_delete_study_with_a_live_lease_raises_unless_forced(ledger: Ledger) -> None:
+    ticket = claim_one(ledger, "worker-7")
+    for refuse in (ledger.refuse_if_running, ledger.delete_study):
+        with pytest.raises(StudyConflictError, match=r"study s: 1 of its trials are running on worker-7 .*--force"):
+            refuse("s")
+    assert ledger.ticket(ticket.id) == ticket
+    ledger.delete_study("s", force=True)
+    assert ledger.studies() == ()
+    with pytest.raises(LeaseLostError):
+        ledger.record_epoch(ticket, 0, 0.5, {})
+
+
+def test_refuse_if_running_ignores_an_expired_lease(ledger: Ledger) -> None:
+    claim_one(ledger, lease=EXPIRED)
+    ledger.refuse_if_running("s")
+
+
+def test_state_counts_gives_every_study_its_states_and_best_value(ledger: Ledger) -> None:
+    ledger.create_study(StudyRecord(name="t", config={}, fingerprint="", versions={}, created=6.0), [None])
+    for value in (0.25, 0.75):
+        ledger.finish(claim_one(ledger), TicketState.COMPLETE, value, None)
+    found = [(entry.study, entry.state, entry.count, entry.best) for entry in ledger.state_counts()]
+    assert found == [
+        ("s", TicketState.COMPLETE, 2, 0.75),
+        ("s", TicketState.WAITING, 2, None),
+        ("t", TicketState.WAITING, 1, None),
+    ]
+
+
 # -- schema -----------------------------------------------------------------------------------------------------------
 
 
@@ -705,3 +800,18 @@ def test_ask_lock_eight_processes_ask_in_turn(empty: Ledger, storage_url: str, p
     empty.create_study(RECORD, [None] * PROCESSES)
     _all_at_once(processes, _ask_in_turn, storage_url)
     assert empty.linked_trial_ids("s") == set(range(PROCESSES))
+
+
+def test_initialise_upgrades_the_first_schema_and_keeps_its_rows(ledger: Ledger, engine: Engine) -> None:
+    with engine.begin() as connection:
+        connection.execute(sa.text("DROP INDEX ix_yolosearch_ticket_study_kind_retry_of"))
+        connection.execute(sa.text("ALTER TABLE yolosearch_ticket DROP COLUMN retry_of"))
+        connection.execute(sa.text("UPDATE yolosearch_alembic_version SET version_num = '0001'"))
+    with pytest.raises(DatabaseError, match="ledger schema 0001 of an older yolosearch; `yolosearch run`"):
+        ledger.check_schema()
+    ledger.initialise()
+    ledger.check_schema()
+    assert [(ticket.number, ticket.retry_of) for ticket in ledger.tickets("s")] == [(n, None) for n in range(4)]
+    with engine.connect() as connection:
+        differences = compare_metadata(MigrationContext.configure(connection), metadata)
+    assert [(kind, table.name) for kind, table in differences] == [("remove_table", "yolosearch_alembic_version")]
