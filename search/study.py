@@ -284,6 +284,19 @@ def load_study(config: StudyConfig, storage: BaseStorage) -> optuna.Study:
         ) from None
 
 
+def delete_study(name: str, storage: BaseStorage) -> bool:
+    """Delete the Optuna study with its trials; False if there is none of that name."""
+
+    def delete() -> bool:
+        try:
+            optuna.delete_study(study_name=name, storage=storage)
+        except KeyError:
+            return False
+        return True
+
+    return _retry(delete)
+
+
 def ask(
     study: optuna.Study,
     config: StudyConfig,

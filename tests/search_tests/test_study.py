@@ -29,6 +29,7 @@ from search.study import (
     check_sampler,
     create_pruner,
     create_study,
+    delete_study,
     load_study,
     mirror_reports,
     open_storage,
@@ -503,3 +504,21 @@ def test_every_call_survives_a_connection_cut_before_any_of_its_statements(postg
     assert [trial.number for trial in trials] == [asked[ticket].number for ticket in range(cut_asks + 2)]
     assert {trial.state for trial in trials} == {TrialState.COMPLETE}
     assert trials[0].intermediate_values == dict.fromkeys(range(1, cut_reports + 2), 0.1)
+
+
+# ---- the end ---------------------------------------------------------------------------------------------------------
+
+
+def test_delete_study_takes_its_trials_and_leaves_other_studies(storage_url: str) -> None:
+    storage = open_storage(storage_url)
+    kept, gone = study_config(name="kept"), study_config(name="gone")
+    for config in (kept, gone):
+        create_study(config, storage)
+    assert delete_study("gone", storage)
+    assert not delete_study("gone", storage)
+    with pytest.raises(UnknownStudyError):
+        load_study(gone, storage)
+    assert len(load_study(kept, storage).trials) == 1
+    with sa.create_engine(storage_url).connect() as connection:
+        assert connection.execute(sa.text("SELECT count(*) FROM trials")).scalar() == 1
+        assert connection.execute(sa.text("SELECT count(*) FROM trial_params")).scalar() == 2
