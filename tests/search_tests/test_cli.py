@@ -239,7 +239,6 @@ def test_password_of_the_database_is_never_shown(
 ) -> None:
     study = make()
     monkeypatch.setattr("search.database.wait_until_ready.__defaults__", (0.5,))
-    monkeypatch.setattr("search.ledger.schema.INIT_LOCK_SECONDS", 0.5, raising=False)
     monkeypatch.setenv("YOLOSEARCH_STORAGE_URL", "postgresql://me:p4ssw0rd@127.0.0.1:9/db?connect_timeout=1")
 
     result = yolosearch(*(word.format(file=study.file) for word in words), "--runs-dir", study.runs)
@@ -338,6 +337,7 @@ def test_run_changed_settings_exit_2_naming_the_keys(yolosearch: Command, make: 
     assert result.err.startswith("study tiny: train.epochs: got 3, the database has 2; allowed: ")
 
 
+@pytest.mark.slow
 def test_run_failures_in_a_row_exit_1_with_the_reason_and_the_way_on(
     yolosearch: Command, make: Callable[..., TinyStudy]
 ) -> None:

@@ -43,6 +43,7 @@ def poll_until(launcher: LocalLauncher, condition: Callable[[], bool], seconds: 
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_launcher_killed_worker_is_replaced_and_its_trials_go_on(study: TinyStudy) -> None:
     with LocalLauncher(plan_of(study), study.ledger) as launcher:
         poll_until(launcher, lambda: all(ticket.epochs_done >= 1 for ticket in study.tickets()))

@@ -365,6 +365,7 @@ def loader_processes() -> list[int]:
     return [pid for pid in pids if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
+@pytest.mark.slow
 def test_run_worker_pack_that_crashes_is_retried_trial_by_trial(
     make: Callable[..., TinyStudy], caplog: pytest.LogCaptureFixture
 ) -> None:
