@@ -19,11 +19,13 @@ from search.ledger import Ledger, StudyRecord
 from search.paths import StudyFolder
 from search.study import load_study, open_storage
 from search.tracking import Tracker, open_tracker
+from search.worker.context import HANG_SECONDS, WorkerContext
 from search.worker.existing import open_existing
 from search.worker.host import process_identity
 from search.worker.lease import DEFAULT_LEASE_SECONDS
 from search.worker.mirror import Mirror, MirrorContext
-from search.worker.worker import StopFlag, Worker, WorkerContext
+from search.worker.stop import StopFlag
+from search.worker.worker import Worker
 from yolocore.data.dataset import fingerprint, load_dataset_config
 from yolocore.device import resolve_device, resolve_precision
 
@@ -44,6 +46,8 @@ class WorkerOptions:
         device: Overrides the study's device on this host.
         parent: Process id of the launcher; the worker hands its tickets back when that process is gone.
         timeout: Seconds after which nothing new is claimed.
+        checkpoints: Folder or fsspec URL that all workers of the study see; by default below `runs_dir`.
+        hang_seconds: A trainer that says nothing for so long is killed.
         lease_seconds: How long a silent worker keeps its tickets. Longer than an outage that should be survived.
     """
 
@@ -55,6 +59,8 @@ class WorkerOptions:
     parent: int | None = None
     timeout: float | None = None
     lease_seconds: float = DEFAULT_LEASE_SECONDS
+    checkpoints: str | None = None
+    hang_seconds: float = HANG_SECONDS
 
 
 def versions() -> dict[str, str]:
@@ -112,6 +118,9 @@ def _open(options: WorkerOptions, ledger: Ledger, record: StudyRecord, config: S
         folder=StudyFolder(options.runs_dir, config.name),
         worker_id=options.worker_id,
         lease_seconds=options.lease_seconds,
+        checkpoints=options.checkpoints or str(options.runs_dir),
+        owner=f"{record.created:.3f}",
+        hang_seconds=options.hang_seconds,
         deadline=None if options.timeout is None else time.time() + options.timeout,
     )
 

@@ -6,7 +6,6 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,17 +16,17 @@ import torch
 from optuna.trial import TrialState
 from tiny import NAME, SignalWhen, TinyStudy, make_study
 
+from search.checkpoints import CheckpointStore
 from search.database import make_engine
-from search.errors import LeaseLostError, StudyConflictError, StudyStoppedError, UnknownStudyError
-from search.ledger import Ledger, TicketState, WorkerState
+from search.errors import LeaseLostError, StudyConflictError, StudyStoppedError, UnknownStudyError, UserInputError
+from search.ledger import Ledger, Ticket, TicketState, WorkerState
 from search.tracking import TrackingConfigError, open_tracker
 from search.worker.host import host_identity, is_alive, process_identity, release_dead_neighbours
 from search.worker.lease import LeaseKeeper
 from search.worker.mirror import Mirror, MirrorContext
 from search.worker.session import WorkerOptions, run_worker
-from search.worker.worker import StopFlag
-from yolocore.checkpoint import load, load_weights, save_atomic, save_weights
-from yolocore.errors import CheckpointError, DatasetError
+from search.worker.stop import StopFlag
+from yolocore.checkpoint import load_weights, save_weights
 from yolocore.hyperparameters import Hyperparameters
 from yolocore.model import initial_state
 
@@ -177,7 +176,7 @@ def test_run_worker_signal_hands_back_uncharged(make: Callable[..., TinyStudy], 
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
     for ticket in study.tickets():
         assert (ticket.state, ticket.worker, ticket.stalled_attempts, ticket.history) == (WAITING, None, 0, ())
-        assert Path(ticket.checkpoint or "").is_file()
+        assert (study.runs / (ticket.checkpoint or "none")).is_file()
     runs = study.mlflow_runs()
     assert {runs[name].info.status for name in ("trial-00000", "trial-00001")} == {"SCHEDULED"}
     assert [worker.state for worker in study.ledger.workers(NAME)] == [WorkerState.EXITED]
@@ -200,27 +199,50 @@ def test_run_worker_resumed_study_has_the_numbers_of_an_undisturbed_one(make: Ca
         assert [step for step, _ in study.metric_history(run[1], "metrics/fitness")] == [0, 1, 2, 3]
 
 
+def checkpoints(study: TinyStudy, number: int) -> list[Path]:
+    return sorted((study.runs / NAME / "trials" / f"{number:05d}").glob("checkpoint-*.pt"))
+
+
 def damage(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:1000])
 
 
-def of_another_format(path: Path) -> None:
-    save_atomic(path, {**load(path), "format": 999})
+def replace_state(study: TinyStudy, ticket: Ticket, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Puts another state where the ledger looks for the ticket's checkpoint."""
+    store = CheckpointStore(study.runs, NAME, owner=f"{study.ledger.study(NAME).created:.3f}")
+    tree = store.load(ticket.number, ticket.epochs_done).tree
+    reference = store.save(ticket.number, ticket.attempt, ticket.epochs_done, change(tree))
+    with sqlite3.connect(study.runs / NAME / "study.db") as connection:
+        connection.execute("UPDATE yolosearch_ticket SET checkpoint = ? WHERE id = ?", (reference, ticket.id))
 
 
-@pytest.mark.parametrize("spoil", [Path.unlink, damage, of_another_format])
-def test_run_worker_unusable_checkpoint_starts_over_to_the_same_numbers(
-    make: Callable[..., TinyStudy], spoil: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+def of_another_format(study: TinyStudy, ticket: Ticket) -> None:
+    replace_state(study, ticket, lambda tree: {**tree, "format": 999})
+
+
+def all_lost(study: TinyStudy, ticket: Ticket) -> None:
+    for path in checkpoints(study, ticket.number):
+        path.unlink()
+
+
+def all_damaged(study: TinyStudy, ticket: Ticket) -> None:
+    for path in checkpoints(study, ticket.number):
+        damage(path)
+
+
+@pytest.mark.parametrize("spoil", [all_lost, all_damaged, of_another_format])
+def test_run_worker_unusable_checkpoints_start_over_to_the_same_numbers(
+    make: Callable[..., TinyStudy], spoil: Callable[[TinyStudy, Ticket], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     study = make(train={"epochs": 3}, trials=2)
     interrupted(study)
     first = study.tickets()[0]
     early = [row.value for row in study.ledger.reports(first.id)]
-    spoil(Path(first.checkpoint or ""))
+    spoil(study, first)
 
     study.work("second")
 
-    assert "trial 0 starts over with its seed, its checkpoint is unusable: " in caplog.text
+    assert "trial 0 starts over with its seed" in caplog.text
     assert study.states() == [COMPLETE] * 2
     assert [row.value for row in study.ledger.reports(first.id)][: len(early)] == early
     undisturbed = make("undisturbed", train={"epochs": 3}, trials=2)
@@ -228,6 +250,23 @@ def test_run_worker_unusable_checkpoint_starts_over_to_the_same_numbers(
     undisturbed.work()
     # It trained alone this time, so rounding differs.
     assert last_losses(study) == pytest.approx(last_losses(undisturbed), rel=1e-3)
+
+
+def test_run_worker_last_checkpoint_damaged_goes_on_from_the_one_before(
+    make: Callable[..., TinyStudy], caplog: pytest.LogCaptureFixture
+) -> None:
+    study = make(train={"epochs": 4}, trials=1)
+    study.create()
+    with SignalWhen(lambda: study.tickets()[0].epochs_done >= 2):
+        study.work("first")
+    stands = study.tickets()[0].epochs_done
+    damage(checkpoints(study, 0)[-1])
+
+    study.work("second")
+
+    assert f"no checkpoint of epoch {stands}" in caplog.text or "damaged" in caplog.text
+    assert "starts over" not in caplog.text
+    assert study.states() == [COMPLETE]
 
 
 def test_run_worker_lease_taken_away_continues_as_a_new_attempt(make: Callable[..., TinyStudy]) -> None:
@@ -269,13 +308,16 @@ def test_run_worker_trial_asked_but_not_linked_is_adopted(make: Callable[..., Ti
 # ---- failures --------------------------------------------------------------------------------------------------------
 
 
+def with_nan(tree: dict[str, Any]) -> dict[str, Any]:
+    next(iter(tree["model"].values())).fill_(math.nan)
+    return tree
+
+
 def test_run_worker_non_finite_slot_fails_alone_with_its_reason_everywhere(make: Callable[..., TinyStudy]) -> None:
     study = make(tracked=True, train={"epochs": 3}, trials=2)
     interrupted(study)
     second = study.tickets()[1]
-    state = load(Path(second.checkpoint or ""))
-    next(iter(state["model"].values())).fill_(math.nan)
-    save_atomic(Path(second.checkpoint or ""), state)
+    replace_state(study, second, with_nan)
 
     study.work("second")
 
@@ -321,48 +363,37 @@ def test_run_worker_image_deleted_meanwhile_ends_the_worker_and_charges_nobody(m
                     image.unlink()
                     return
 
-    with Delete(lambda: True), pytest.raises(DatasetError, match=r"00003\.png"):
+    with Delete(lambda: True), pytest.raises(UserInputError, match=r"00003\.png"):
         study.work("first")
 
     assert study.states() == [WAITING] * 2
     assert [ticket.stalled_attempts for ticket in study.tickets()] == [0, 0]
 
 
-def test_run_worker_checkpoint_that_cannot_be_written_is_no_trials_fault(make: Callable[..., TinyStudy]) -> None:
+def test_run_worker_checkpoint_that_cannot_be_written_fails_its_trial_alone(make: Callable[..., TinyStudy]) -> None:
     study = make(trials=2)
     study.create()
     blocked = study.runs / NAME / "trials" / "00001"
     blocked.parent.mkdir(parents=True)
     blocked.write_text("a file where a folder should be")
 
-    with pytest.raises(CheckpointError, match="00001"):
-        study.work("first")
-    assert study.states() == [WAITING] * 2
+    study.work()
 
-    blocked.unlink()
-    study.work("second")
-    assert study.states() == [COMPLETE] * 2
+    assert study.states() == [COMPLETE, FAIL]
+    assert "00001" in (study.tickets()[1].reason or "")
 
 
-def test_run_worker_data_that_cannot_be_loaded_charges_nobody(
-    make: Callable[..., TinyStudy], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    study = make(trials=2, train={"workers": 1})
-    study.create()
-    # Not the data but the machine: there is no place for what the loaders share.
-    monkeypatch.setattr(tempfile, "tempdir", str(study.folder / "nowhere"))
-
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        study.work()
-
-    assert study.states() == [WAITING] * 2
+def descendants(pid: int) -> list[int]:
+    """Processes below `pid`."""
+    lists = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")]
+    children = [int(word) for text in lists for word in text.split()]
+    return [*children, *(pid for child in children for pid in descendants(child))]
 
 
 def loader_processes() -> list[int]:
-    """Processes of this one that load images."""
-    lists = [path.read_text() for path in Path("/proc/self/task").glob("*/children")]
-    pids = [int(word) for text in lists for word in text.split()]
-    return [pid for pid in pids if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    """Processes below this one that load images: children of the trainer."""
+    trainers = {pid for server in descendants(os.getpid()) for pid in descendants(server)}
+    return [pid for trainer in trainers for pid in descendants(trainer)]
 
 
 @pytest.mark.slow
@@ -386,6 +417,82 @@ def test_run_worker_pack_that_crashes_is_retried_trial_by_trial(
     assert "a pack of 2 trials crashed" in caplog.text
     assert study.states() == [COMPLETE] * 2
     assert [ticket.attempt for ticket in study.tickets()] == [1, 1]
+
+
+class Once(SignalWhen):
+    """Does something once, as soon as every ticket of the first pack has a checkpoint."""
+
+    def __init__(self, study: TinyStudy, act: Callable[[], object]) -> None:
+        super().__init__(lambda: True)
+        self._study = study
+        self._act = act
+
+    def run(self) -> None:
+        while not self._over.wait(0.02):
+            if all(ticket.epochs_done >= 1 for ticket in self._study.tickets()[:2]):
+                self._act()
+                self.sent = True
+                return
+
+
+def trainers() -> list[int]:
+    return [pid for server in descendants(os.getpid()) for pid in descendants(server)]
+
+
+def signal_trainers(number: signal.Signals) -> None:
+    for pid in trainers():
+        os.kill(pid, number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_run_worker_trainer_that_dies_costs_no_trial(
+    make: Callable[..., TinyStudy], number: signal.Signals, caplog: pytest.LogCaptureFixture
+) -> None:
+    study = make(trials=3, train={"epochs": 4})
+    study.create()
+
+    with Once(study, lambda: signal_trainers(number)) as killer:
+        assert study.work() == 3
+
+    assert killer.sent
+    assert number.name in caplog.text
+    assert study.states() == [COMPLETE] * 3
+    assert [ticket.stalled_attempts for ticket in study.tickets()] == [0, 0, 0]
+    assert [len(rows) for rows in study.ledger.all_reports(NAME).values()] == [4, 4, 4]
+    assert trainers() == []
+
+
+def test_run_worker_trainer_that_hangs_is_killed_and_the_trials_go_on(
+    make: Callable[..., TinyStudy], caplog: pytest.LogCaptureFixture
+) -> None:
+    study = make(trials=2, train={"epochs": 4})
+    study.create()
+
+    with Once(study, lambda: signal_trainers(signal.SIGSTOP)) as stopper:
+        study.work(hang_seconds=15.0)
+
+    assert stopper.sent
+    assert "made no progress for 15 s and was killed" in caplog.text
+    assert study.states() == [COMPLETE] * 2
+    assert [len(rows) for rows in study.ledger.all_reports(NAME).values()] == [4, 4]
+
+
+def test_run_worker_trial_that_always_kills_its_trainer_fails_with_all_reasons(make: Callable[..., TinyStudy]) -> None:
+    study = make(trials=1, train={"epochs": 4})
+    study.create()
+
+    class Murderer(SignalWhen):
+        def run(self) -> None:
+            while not self._over.wait(0.02):
+                signal_trainers(signal.SIGKILL)
+
+    with Murderer(lambda: True):
+        study.work()
+
+    (ticket,) = study.tickets()
+    assert ticket.state is FAIL
+    assert (ticket.reason or "").count("SIGKILL") == 3
+    assert [trial.state for trial in study.optuna_trials()] == [TrialState.FAIL]
 
 
 # ---- what a worker refuses -------------------------------------------------------------------------------------------

@@ -1,0 +1,47 @@
+"""What the parts of a worker share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import optuna
+
+from search.config import StudyConfig
+from search.ledger import Ledger
+from search.paths import StudyFolder
+from search.worker.trainer_process import TrainerSettings
+from yolocore.training.config import TrainConfig
+
+HANG_SECONDS = 900.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerContext:
+    """Everything a worker needs, opened once."""
+
+    config: StudyConfig
+    train: TrainConfig
+    class_names: tuple[str, ...]
+    ledger: Ledger
+    study: optuna.Study
+    folder: StudyFolder
+    worker_id: str
+    lease_seconds: float
+    checkpoints: str
+    """Root of the checkpoint store: the runs folder or a URL."""
+    owner: str
+    """Tells this study's checkpoints from those of an earlier one of the same name."""
+    deadline: float | None = None
+    hang_seconds: float = HANG_SECONDS
+    """A trainer that says nothing for so long is taken for hung; longer than a batch, a decode of the data, a start."""
+
+    def trainer_settings(self) -> TrainerSettings:
+        """What the trainer process has to know."""
+        return TrainerSettings(
+            train=self.train,
+            folder=self.folder,
+            checkpoints=self.checkpoints,
+            owner=self.owner,
+            objective=self.config.objective,
+            class_names=self.class_names,
+        )

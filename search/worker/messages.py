@@ -1,0 +1,91 @@
+"""What a worker's supervisor and its trainer process say to each other. Plain frozen data, pickled by the pipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from yolocore.hyperparameters import Hyperparameters
+from yolocore.training.trainer import EpochReport
+
+
+@dataclass(frozen=True, slots=True)
+class TrialStart:
+    """One trial that a pack starts with; `key` is its ticket's id."""
+
+    key: str
+    number: int
+    """The ticket's number: names its files."""
+    attempt: int
+    hyperparameters: Hyperparameters
+    epochs_done: int
+    """Epochs that its checkpoint should hold; 0 starts anew."""
+    checkpoint: str | None = None
+    """Its reference in the checkpoint store."""
+    best_value: float | None = None
+    """The best objective of its epochs so far; matters where a trial's best epoch counts."""
+
+
+@dataclass(frozen=True, slots=True)
+class StartPack:
+    """Supervisor to trainer: train these together."""
+
+    trials: tuple[TrialStart, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PackStarted:
+    """Trainer to supervisor: which trials are in the pack, and at which epoch they really are.
+
+    A trial whose checkpoint was lost or damaged stands at an earlier epoch than asked, with the reasons in `notes`.
+    Trials that do not stand where the others do are left out; they start with another pack.
+    """
+
+    standing: Mapping[str, tuple[int, str | None]]
+    """For every trial the epochs that it really has behind it, and the checkpoint that says so."""
+    left_out: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Alive:
+    """Trainer to supervisor, at most once a second: it is still moving."""
+
+
+@dataclass(frozen=True, slots=True)
+class EpochDone:
+    """Trainer to supervisor: the reports of all slots after one pack epoch."""
+
+    reports: tuple[EpochReport, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Supervisor to trainer, the answer to `EpochDone`.
+
+    The trainer waits for it for a short time only: while the database is away training goes on, and a verdict that
+    comes late takes effect at the next epoch boundary.
+    """
+
+    drop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Secured:
+    """Trainer to supervisor: checkpoints that are on disk now, by key: epochs in it, and its name."""
+
+    checkpoints: Mapping[str, tuple[int, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class PackEnded:
+    """Trainer to supervisor: nothing is left to train in this pack."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackCrashed:
+    """Trainer to supervisor: an exception ended the pack. The trainer itself lives on."""
+
+    reason: str
+    fixable: bool
+    """Whether it is the user's to mend (data, weights, device), so that no trial is to blame."""

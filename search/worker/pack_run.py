@@ -1,0 +1,237 @@
+"""One pack, seen from the supervisor: every report goes to the ledger first, then to the mirrors."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from search.checkpoints import CheckpointStore
+from search.config import objective_value
+from search.errors import LeaseLostError, SearchError, UserInputError
+from search.ledger import Ticket, TicketState
+from search.settings import ObjectiveConfig
+from search.space import hyperparameters
+from search.study import mirror_reports, should_prune, tell, trial_value
+from search.worker.context import WorkerContext
+from search.worker.lease import LeaseKeeper
+from search.worker.messages import (
+    EpochDone,
+    PackCrashed,
+    PackEnded,
+    PackStarted,
+    Secured,
+    StartPack,
+    TrialStart,
+    Verdict,
+)
+from search.worker.mirror import Mirror
+from search.worker.trainer_link import TrainerLink
+from yolocore.errors import CheckpointError
+from yolocore.training.trainer import EpochReport
+
+logger = logging.getLogger(__name__)
+
+Action = Callable[[Ticket, EpochReport], None]
+
+
+class PackCrashedError(SearchError):
+    """An exception in the trainer ended the pack; the trainer lives."""
+
+
+class PackRun:
+    """One pack from its first to its last epoch.
+
+    Attributes:
+        alive: Tickets that are in the pack and not ended, by id.
+        moved: Whether the pack ever trained a batch.
+    """
+
+    def __init__(
+        self,
+        context: WorkerContext,
+        mirror: Mirror,
+        leases: LeaseKeeper,
+        trainer: TrainerLink,
+        store: CheckpointStore,
+        tickets: Sequence[Ticket],
+    ) -> None:
+        self._context = context
+        self._config = context.config
+        self._ledger = context.ledger
+        self._mirror = mirror
+        self._leases = leases
+        self._trainer = trainer
+        self._checkpoints = store
+        self.alive = {ticket.id: ticket for ticket in tickets}
+        self.moved = False
+
+    def train(self) -> None:
+        """Trains all trials to their ends.
+
+        Raises:
+            TrainerDiedError: The trainer process is gone.
+            PackCrashedError: Something in the pack raised.
+            UserInputError: Data, weights or device cannot be used; no trial is to blame.
+        """
+        self._trainer.send(StartPack(tuple(self._start(ticket) for ticket in self.alive.values())))
+        while not isinstance(message := self._trainer.receive(), PackEnded):
+            match message:
+                case PackStarted():
+                    self._begin(message)
+                case EpochDone():
+                    self._settle(message.reports)
+                    over = tuple(report.key for report in message.reports if int(report.key) not in self.alive)
+                    self._trainer.send(Verdict(over))
+                case Secured():
+                    self._note_progress(message)
+                case PackCrashed(reason, True):
+                    raise UserInputError(reason)
+                case PackCrashed(reason, False):
+                    raise PackCrashedError(reason)
+            self.moved = self.moved or not isinstance(message, PackStarted)
+
+    def fail(self, ticket: Ticket, reason: str) -> None:
+        """Ends a trial as FAIL."""
+        self._finish(ticket, TicketState.FAIL, None, reason)
+        self._mirror.notify(ticket.id)
+
+    def _start(self, ticket: Ticket) -> TrialStart:
+        found = trial_value(counting_best(self._config.objective), self._ledger.reports(ticket.id))
+        return TrialStart(
+            key=str(ticket.id),
+            number=ticket.number,
+            attempt=ticket.attempt,
+            hyperparameters=hyperparameters(self._config.base_hyperparameters(), ticket.params or {}),
+            epochs_done=ticket.epochs_done,
+            checkpoint=ticket.checkpoint,
+            best_value=None if found is None else found[0],
+        )
+
+    def _begin(self, message: PackStarted) -> None:
+        """Takes note of trials that do not start where their checkpoint should have been."""
+        for note in message.notes:
+            logger.warning("%s", note)
+        for ticket in list(self.alive.values()):
+            epochs, reference = message.standing[str(ticket.id)]
+            if epochs != ticket.epochs_done:
+                self._unless_lost(ticket, partial(self._ledger.save_progress, ticket, epochs, reference))
+            if str(ticket.id) in message.left_out:
+                self._ledger.hand_back([ticket])
+                self._close(ticket)
+
+    def _note_progress(self, message: Secured) -> None:
+        for key, (epochs, name) in message.checkpoints.items():
+            ticket = self.alive.get(int(key))
+            if ticket is not None:
+                self._unless_lost(ticket, partial(self._progressed, ticket, epochs, name))
+
+    def _progressed(self, ticket: Ticket, epochs: int, reference: str) -> None:
+        self._ledger.save_progress(ticket, epochs, reference)
+        # Only now: an attempt that is over has failed above, and deletes nothing of its successor's.
+        self._tidy(partial(self._checkpoints.keep_latest, ticket.number, epochs))
+
+    def _settle(self, reports: Sequence[EpochReport]) -> None:
+        """Stores the epoch of every slot before any is judged, so that neighbours are compared at the same epoch."""
+        for ticket_id in self._leases.lost & set(self.alive):
+            self._forget(self.alive[ticket_id])
+        for act in (self._store, self._judge):
+            for report in reports:
+                ticket = self.alive.get(int(report.key))
+                if ticket is not None:
+                    self._unless_lost(ticket, partial(act, ticket, report))
+                    self._mirror.notify(ticket.id)
+
+    def _unless_lost(self, ticket: Ticket, act: Callable[[], object]) -> None:
+        try:
+            act()
+        except LeaseLostError:
+            self._forget(ticket)
+
+    def _store(self, ticket: Ticket, report: EpochReport) -> None:
+        """Writes the report; a repeated epoch keeps what was stored the first time."""
+        if report.failure is not None:
+            self.fail(ticket, report.failure)
+        elif report.metrics is not None:
+            metrics = epoch_metrics(report)
+            value = objective_value(self._config.objective, metrics, self._context.class_names)
+            row = self._ledger.record_epoch(ticket, report.epoch, value, metrics, time.time())
+            mirror_reports(self._context.study, trial_id_of(ticket), [row])
+
+    def _judge(self, ticket: Ticket, report: EpochReport) -> None:
+        """Ends the trial, or lets it go on."""
+        if report.epoch + 1 >= self._context.train.epochs:
+            self._end(ticket, TicketState.COMPLETE)
+        elif report.metrics is not None and self._decide(ticket, report.epoch):
+            self._end(ticket, TicketState.PRUNED)
+
+    def _decide(self, ticket: Ticket, epoch: int) -> bool:
+        # Pruners change their state when asked, so each evaluation is asked about once and the answer is kept.
+        stored = next((row for row in self._ledger.reports(ticket.id) if row.epoch == epoch), None)
+        if stored is None or stored.prune is None:
+            prune = should_prune(self._context.study, self._config, trial_id_of(ticket), epoch + 1)
+            stored = self._ledger.decide(ticket, epoch, prune)
+        return bool(stored.prune)
+
+    def _end(self, ticket: Ticket, state: TicketState) -> None:
+        """Ends a trial with the value that its stored epochs give it."""
+        found = trial_value(self._config.objective, self._ledger.reports(ticket.id))
+        if found is None and state is TicketState.COMPLETE:
+            self.fail(ticket, "the objective of the last epoch is not finite")
+        else:
+            value, epoch = found or (None, None)
+            self._finish(ticket, state, value, None, epoch)
+
+    def _finish(
+        self, ticket: Ticket, state: TicketState, value: float | None, reason: str | None, epoch: int | None = None
+    ) -> None:
+        self._ledger.finish(ticket, state, value, reason, epoch)
+        self._close(ticket)
+        tell(self._context.study, trial_id_of(ticket), state, value)
+        self._tidy(partial(self._checkpoints.delete, ticket.number))
+
+    @staticmethod
+    def _tidy(act: Callable[[], object]) -> None:
+        """Deletes what nobody needs; where that fails, `yolosearch clean` does it later."""
+        try:
+            act()
+        except CheckpointError as error:
+            logger.warning("%s", error)
+
+    def _forget(self, ticket: Ticket) -> None:
+        """Another worker continues this trial: nothing more of it is written here."""
+        logger.warning("trial %s was taken over by another worker", ticket.trial_number)
+        self._close(ticket)
+
+    def _close(self, ticket: Ticket) -> None:
+        self.alive.pop(ticket.id, None)
+        self._leases.release([ticket.id])
+
+
+def counting_best(objective: ObjectiveConfig) -> ObjectiveConfig:
+    """The same objective, counting a trial's best epoch."""
+    return objective.model_copy(update={"at": "best"})
+
+
+def trial_id_of(ticket: Ticket) -> int:
+    """The Optuna trial of a ticket that trains."""
+    if ticket.trial_id is None:
+        raise LookupError(f"ticket {ticket.number} of study {ticket.study} has no trial yet")
+    return ticket.trial_id
+
+
+def epoch_metrics(report: EpochReport) -> dict[str, float]:
+    """What the ledger keeps of an evaluated epoch: metrics, losses, learning rates, seconds."""
+    metrics = report.metrics.to_mapping() if report.metrics is not None else {}
+    bias, decay, norm = report.lr
+    return {
+        **metrics,
+        "train_box": report.train_box,
+        "train_obj": report.train_obj,
+        "train_cls": report.train_cls,
+        "lr_bias": bias,
+        "lr_decay": decay,
+        "lr_norm": norm,
+        "seconds": report.seconds,
+    }
