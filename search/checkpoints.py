@@ -191,6 +191,14 @@ class CheckpointStore:
         """Deletes all checkpoints of a trial; its other files stay. Returns the bytes freed."""
         return sum(self._remove(ticket_number, stored) for stored in self.checkpoints(ticket_number))
 
+    def clear(self) -> int:
+        """Deletes all checkpoints of the study and the folders that are empty then. Returns the bytes freed."""
+        freed = sum(self.delete(number) for number in self.ticket_numbers())
+        study = PurePosixPath(self._layout.root.as_posix())
+        with self._failures("empty folders cannot be removed from", study):
+            self._place.prune(study)
+        return freed
+
     def ticket_numbers(self) -> tuple[int, ...]:
         """Numbers of the trials that have a folder here."""
         trials = PurePosixPath(self._folder(0).parent)
@@ -307,6 +315,10 @@ class _Place(ABC):
     def remove(self, path: PurePosixPath) -> None:
         """Deletes a file; one that is gone already is no error."""
 
+    @abstractmethod
+    def prune(self, folder: PurePosixPath) -> None:
+        """Removes a folder and those below it as far as they are empty."""
+
 
 class _Folder(_Place):
     """A local or mounted folder. Files appear by a rename within their folder."""
@@ -348,6 +360,11 @@ class _Folder(_Place):
     def remove(self, path: PurePosixPath) -> None:
         (self._root / path).unlink(missing_ok=True)
 
+    def prune(self, folder: PurePosixPath) -> None:
+        for current, _, _ in os.walk(self._root / folder, topdown=False):
+            with suppress(OSError):  # most often: not empty
+                Path(current).rmdir()
+
 
 class _Remote(_Place):
     """A store behind fsspec. Uploads and downloads stream through a local temporary file."""
@@ -386,6 +403,9 @@ class _Remote(_Place):
     def remove(self, path: PurePosixPath) -> None:
         with suppress(FileNotFoundError):
             self._system.rm_file(self._at(path))
+
+    def prune(self, folder: PurePosixPath) -> None:
+        pass  # object stores have no folders, and elsewhere an empty one does no harm
 
     def _entries(self, folder: PurePosixPath) -> Iterator[tuple[str, Mapping[str, Any]]]:
         self._system.invalidate_cache()  # other hosts write here

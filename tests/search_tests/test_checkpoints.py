@@ -286,6 +286,23 @@ def test_ticket_numbers_names_the_trials_that_have_files(backend: Backend) -> No
     assert backend.store().ticket_numbers() == (3, 12)
 
 
+def test_clear_removes_all_checkpoints_of_the_study_and_nothing_else(backend: Backend) -> None:
+    saved(backend, 1, 2)
+    other = CheckpointStore(backend.root, "s-2").save(3, 1, 1, tree(1))
+    backend.write("s/trials/00003/best.safetensors", b"weights")
+    backend.store().save(4, 1, 1, tree(1))
+    assert backend.store().clear() > 0
+    assert backend.store().checkpoints(3) == backend.store().checkpoints(4) == ()
+    assert backend.names(3) == ["best.safetensors"]
+    assert CheckpointStore(backend.root, "s-2").load(3, 1).reference == other
+
+
+def test_clear_leaves_no_empty_folder(tmp_path: Path) -> None:
+    CheckpointStore(tmp_path, "s").save(3, 1, 1, tree(1))
+    CheckpointStore(tmp_path, "s").clear()
+    assert list(tmp_path.iterdir()) == []
+
+
 # -- what can go wrong around it --------------------------------------------------------------------------------------
 
 
