@@ -10,6 +10,7 @@ import logging
 import os
 import platform
 import re
+import shutil
 import signal
 import sys
 import time
@@ -108,6 +109,25 @@ def check(study: StudyFile, storage: Storage = None, runs_dir: RunsDir = None, a
 
 
 @app.command()
+def create(
+    study: StudyFile,
+    trials: Annotated[str | None, typer.Option(metavar="+N", help="Add N trials to the study's budget.")] = None,
+    storage: Storage = None,
+    runs_dir: RunsDir = None,
+) -> None:
+    """Create a study, or take it up again, for workers that are started elsewhere.
+
+    Example: yolosearch create my-study.yaml && yolosearch worker my-study
+    """
+    from search.launch.prepare import create_or_resume
+
+    plan = _plan(study, storage, _runs(runs_dir))
+    created = create_or_resume(plan, _more_trials(trials))
+    _print_plan(plan)
+    out.print("study created" if created else "study taken up again", style="dim")
+
+
+@app.command()
 def run(
     study: StudyFile,
     workers: Annotated[int, typer.Option(min=1, help="Worker processes on this machine.")] = 1,
@@ -182,6 +202,16 @@ def worker(
     lease: Annotated[float, typer.Option(min=1, help="Seconds after which a silent worker loses its trials.")] = (
         DEFAULT_LEASE_SECONDS
     ),
+    checkpoints: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR|URL",
+            envvar="YOLOSEARCH_CHECKPOINTS",
+            help="Checkpoints, where all workers of the study see them; default the runs folder.",
+        ),
+    ] = None,
+    hang: Annotated[float, typer.Option(min=1, help="Seconds after which a silent trainer is killed.")] = 900.0,
+    stop_seconds: Annotated[float, typer.Option(min=0, help="Seconds to end in when asked to by a signal.")] = 10.0,
     worker_id: Annotated[str | None, typer.Option(help="Unique name; default host, process and a random part.")] = None,
     parent: Annotated[int | None, typer.Option(hidden=True)] = None,
     storage: Storage = None,
@@ -204,6 +234,9 @@ def worker(
         parent=parent,
         timeout=timeout,
         lease_seconds=lease,
+        checkpoints=checkpoints,
+        hang_seconds=hang,
+        stop_seconds=stop_seconds,
     )
     ended = run_worker(options)
     out.print(f"{ended} trials ended here")
@@ -362,12 +395,19 @@ def _print_comparison(config: StudyConfig, status: StudyStatus) -> None:
     out.print(comparison_table(status, base.to_mapping(), best.to_mapping()))
 
 
+def _command() -> str:
+    """How the user called us, to be typed again."""
+    if Path(sys.argv[0]).name == "__main__.py":
+        return "python -m search"
+    return "yolosearch" if shutil.which("yolosearch") else sys.argv[0]
+
+
 def _print_next_steps(plan: StudyPlan, study: Path, path: Path) -> None:
     lines = [
         f"best hyp:        {path}",
         f"train with it:   python train.py --hyp {path} ...   (in your YOLOv5 checkout)",
-        f"look at it:      yolosearch ui {plan.config.name}",
-        f"go on searching: yolosearch run {study} --trials +20",
+        f"look at it:      {_command()} ui {plan.config.name}",
+        f"go on searching: {_command()} run {study} --trials +20",
     ]
     if plan.config.builtin_data is not None:
         lines.append("your own data:   copy studies/loss-weights.yaml, set `data:` to your data set YAML, and run it")

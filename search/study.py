@@ -60,7 +60,7 @@ from search.settings import (
 )
 from search.space import base_params, complete_params, distributions, grid_points
 
-PATIENCE_SECONDS = 120.0
+PATIENCE_SECONDS = 600.0
 """How long a storage call is retried while the database is away."""
 
 TICKET_ATTR = "yolosearch:ticket"

@@ -184,7 +184,7 @@ class LocalLauncher:
     def _command(self, child: _Child) -> list[str]:
         command = [sys.executable, "-m", "search", "worker", self.plan.folder.study]
         command += ["--runs-dir", str(self.plan.folder.runs_dir), "--worker-id", child.worker_id]
-        command += ["--parent", str(os.getpid())]
+        command += ["--parent", str(os.getpid()), "--stop-seconds", str(self.plan.stop_seconds)]
         if child.device is not None:
             command += ["--device", child.device]
         if self.plan.timeout is not None:

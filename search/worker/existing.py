@@ -7,12 +7,13 @@ from search.errors import UnknownStudyError
 from search.ledger import Ledger
 
 
-def open_existing(storage_url: str, study: str) -> Ledger:
+def open_existing(storage_url: str, study: str, patience: float = 60.0) -> Ledger:
     """The ledger of a database that holds studies.
 
     Args:
         storage_url: its URL.
         study: the study that is looked for; named in the error only.
+        patience: seconds for which the ledger retries while the database is away.
 
     Raises:
         UnknownStudyError: there is no such database file, or no study in the database.
@@ -29,4 +30,4 @@ def open_existing(storage_url: str, study: str) -> Ledger:
         owner = schema_owner(engine)
     if owner == "empty":
         raise UnknownStudyError(f"study {study}: {where} holds no studies; {remedy}")
-    return Ledger(engine)
+    return Ledger(engine, patience=patience)

@@ -31,6 +31,9 @@ from yolocore.device import resolve_device, resolve_precision
 
 logger = logging.getLogger(__name__)
 
+OUTAGE_SECONDS = 600.0
+"""How long a worker waits for its database before it gives up; its trainer goes on meanwhile."""
+
 VERSIONED = ("yolosearch", "torch", "torchvision", "optuna", "mlflow", "numpy")
 
 
@@ -48,6 +51,7 @@ class WorkerOptions:
         timeout: Seconds after which nothing new is claimed.
         checkpoints: Folder or fsspec URL that all workers of the study see; by default below `runs_dir`.
         hang_seconds: A trainer that says nothing for so long is killed.
+        stop_seconds: A worker that was asked to end does so within this time, whatever is away; None waits.
         lease_seconds: How long a silent worker keeps its tickets. Longer than an outage that should be survived.
     """
 
@@ -61,6 +65,7 @@ class WorkerOptions:
     lease_seconds: float = DEFAULT_LEASE_SECONDS
     checkpoints: str | None = None
     hang_seconds: float = HANG_SECONDS
+    stop_seconds: float | None = None
 
 
 def versions() -> dict[str, str]:
@@ -84,13 +89,16 @@ def run_worker(options: WorkerOptions) -> int:
         UserInputError: No such study, or other data than the study was created with.
         StudyStoppedError: Too many trials in a row failed.
     """
-    ledger = open_existing(options.storage_url, options.study)
+    ledger = open_existing(options.storage_url, options.study, patience=OUTAGE_SECONDS)
     ledger.initialise()
     record = ledger.study(options.study)
     config = StudyConfig.from_json(record.config)
     context = _open(options, ledger, record, config)
     ledger.register_worker(options.worker_id, options.study, process_identity(), os.getpid(), context.train.device)
-    with StopFlag(options.parent).installed() as stop, _mirror(options, context, record) as mirror:
+    with (
+        StopFlag(options.parent, options.stop_seconds).installed() as stop,
+        _mirror(options, context, record) as mirror,
+    ):
         try:
             return Worker(context, mirror, stop).run()
         finally:

@@ -15,11 +15,19 @@ class StopRequested(Exception):  # noqa: N818 - not an error: somebody asked the
 
 
 class StopFlag:
-    """Set by SIGTERM, SIGINT, or when the launcher that started this worker is gone. A second Ctrl-C is immediate."""
+    """Set by SIGTERM, SIGINT, or when the launcher that started this worker is gone. A second Ctrl-C is immediate.
 
-    def __init__(self, parent: int | None = None) -> None:
+    Args:
+        parent: Process id of the launcher.
+        seconds: After so long the process ends even if the database or MLflow did not answer meanwhile; what was not
+            handed back then goes on when its lease ends. None waits for them.
+    """
+
+    def __init__(self, parent: int | None = None, seconds: float | None = None) -> None:
         self._event = threading.Event()
         self._parent = parent
+        self._seconds = seconds
+        self._timer: threading.Timer | None = None
 
     @contextmanager
     def installed(self) -> Iterator[StopFlag]:
@@ -30,11 +38,17 @@ class StopFlag:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+            if self._timer is not None:
+                self._timer.cancel()
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if self._event.is_set():
             os._exit(128 + number)
         self._event.set()
+        if self._seconds is not None:
+            self._timer = threading.Timer(self._seconds, os._exit, [128 + number])
+            self._timer.daemon = True
+            self._timer.start()
 
     @property
     def is_set(self) -> bool:
