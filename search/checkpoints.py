@@ -39,6 +39,9 @@ STAGING_PREFIX = "yolosearch-checkpoint-"
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 """Extra of this package that brings the back end of a protocol."""
 
+_OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci"})
+"""Protocols without folders. To make one there would make a bucket of a mistyped name."""
+
 _DIGEST_CHARS = 32
 _NAME = re.compile(r"checkpoint-(?P<epochs>\d{4,})-(?P<attempt>\d{4,})-(?P<digest>[0-9a-f]{32})\.pt")
 _FORMAT = 1
@@ -371,6 +374,8 @@ class _Remote(_Place):
 
     def __init__(self, filesystem: Any, root: str) -> None:
         self._system = filesystem
+        protocols = filesystem.protocol
+        self._has_folders = _OBJECT_STORES.isdisjoint([protocols] if isinstance(protocols, str) else protocols)
         self._root = root.rstrip("/")
 
     def show(self, path: str) -> str:
@@ -384,7 +389,8 @@ class _Remote(_Place):
 
     def publish(self, staged: Path, path: PurePosixPath) -> None:
         target = self._at(path)
-        self._system.makedirs(target.rpartition("/")[0], exist_ok=True)
+        if self._has_folders:
+            self._system.makedirs(target.rpartition("/")[0], exist_ok=True)
         self._system.put_file(str(staged), target)
 
     @contextmanager

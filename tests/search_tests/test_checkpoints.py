@@ -51,12 +51,38 @@ class Backend:
 
     def names(self, ticket_number: int) -> list[str]:
         filesystem, folder = fsspec.url_to_fs(self.path(f"s/trials/{ticket_number:05d}"))
+        filesystem.invalidate_cache()
         return sorted(path.rpartition("/")[2] for path in filesystem.ls(folder, detail=False))
 
 
-@pytest.fixture(params=["folder", "memory", "local"])
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    """A server that speaks S3, in this process."""
+    pytest.importorskip("s3fs", reason="needs s3fs (the extra s3)")
+    server_module = pytest.importorskip("moto.server", reason="needs moto[server]")
+    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    yield "http://{}:{}".format(*server.get_host_and_port())
+    server.stop()
+
+
+@pytest.fixture
+def s3_root(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A bucket of its own."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_endpoint)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    bucket = f"bucket-{uuid.uuid4().hex[:12]}"
+    fsspec.filesystem("s3").mkdir(bucket)
+    return f"s3://{bucket}/prefix"
+
+
+@pytest.fixture(params=["folder", "memory", "local", "s3"])
 def backend(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Backend]:
-    if request.param == "memory":
+    if request.param == "s3":
+        yield Backend(request.getfixturevalue("s3_root"))
+    elif request.param == "memory":
         root = f"memory://{uuid.uuid4().hex}/prefix"
         yield Backend(root)
         with suppress(FileNotFoundError):
@@ -323,6 +349,15 @@ def test_save_disk_full_raises_one_line_and_keeps_the_previous(backend: Backend)
     assert backend.store().load(3, 4).epochs_done == 3
 
 
+def test_save_into_a_mistyped_bucket_raises_and_makes_none(s3_root: str) -> None:
+    mistyped = s3_root.replace("bucket-", "bukcet-")
+    with pytest.raises(CheckpointError, match="its checkpoint cannot be written to s3://bukcet-") as caught:
+        CheckpointStore(mistyped, "s").save(3, 1, 4, tree(4))
+    assert "\n" not in str(caught.value)
+    buckets = fsspec.filesystem("s3", skip_instance_cache=True).ls("")
+    assert [name for name in buckets if str(name).startswith("bukcet-")] == []
+
+
 def test_save_folder_is_a_file_raises_one_line(tmp_path: Path) -> None:
     (tmp_path / "s").write_text("")
     with pytest.raises(CheckpointError, match="s/trials/00003: Not a directory") as caught:
@@ -383,12 +418,14 @@ def _size(path: Path) -> int:
 
 def test_save_killed_in_the_middle_loses_nothing(tmp_path: Path) -> None:
     folder = StudyFolder(tmp_path, "s").trial(3)
-    fork = multiprocessing.get_context("fork")
+    # Not "fork": a copy of a process in which OpenMP has run waits for threads that it does not have.
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["yolocore.checkpoint"])
     known: tuple[int, str | None] = (0, None)
     torn = 0
     for _ in range(20):
-        ours, theirs = fork.Pipe(duplex=False)
-        writer = fork.Process(target=_save_for_ever, args=(tmp_path, known[0], theirs))
+        ours, theirs = server.Pipe(duplex=False)
+        writer = server.Process(target=_save_for_ever, args=(tmp_path, known[0], theirs))
         before = set(folder.glob(".*.tmp"))
         writer.start()
         theirs.close()
