@@ -1,6 +1,6 @@
 """What is deployed: the composition, its images and init script, the Slurm script and the Kubernetes manifest.
 
-The composition is read by a small reader of our own, which is everywhere, and by the real client wherever one is installed.
+The composition is read by a small reader of our own on every machine, and by the real client where one is installed.
 """
 
 import functools
