@@ -27,9 +27,6 @@ from search.errors import UserInputError
 from search.paths import StudyFolder
 from yolocore.errors import CheckpointError
 
-CHECKPOINTS_VARIABLE = "YOLOSEARCH_CHECKPOINTS"
-"""Folder or URL for the checkpoints of all studies; the runs folder if it is not set."""
-
 KEPT = 2
 """Checkpoints of a trial that runs: the last one, and the one to fall back to."""
 
@@ -266,21 +263,6 @@ class CheckpointStore:
                 raise
             where = self._place.show(folder.as_posix())
             raise CheckpointError(f"{what} {where}: {mask_url(_reason(error))}") from error
-
-
-def open_store(runs_dir: Path, study: str, created: float) -> CheckpointStore:
-    """The store of a study's checkpoints: below `YOLOSEARCH_CHECKPOINTS` where set, otherwise in the runs folder.
-
-    Args:
-        runs_dir: Folder of all studies.
-        study: Its name.
-        created: When it was created: a later study of the same name does not take its checkpoints for its own.
-
-    Raises:
-        UserInputError: The URL's protocol is unknown, or its back end is not installed.
-    """
-    root = os.environ.get(CHECKPOINTS_VARIABLE) or runs_dir
-    return CheckpointStore(root, study, owner=f"{created:.3f}")
 
 
 def remove_leftovers(folder: Path, older_than: float = LEFTOVER_SECONDS, *, dry_run: bool = False) -> int:

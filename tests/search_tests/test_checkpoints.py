@@ -21,7 +21,7 @@ import fsspec
 import pytest
 import torch
 
-from search.checkpoints import CheckpointStore, open_store, remove_leftovers
+from search.checkpoints import CheckpointStore, remove_leftovers
 from search.errors import UserInputError
 from search.paths import StudyFolder
 from yolocore.checkpoint import save_atomic
@@ -393,21 +393,6 @@ def test_store_message_holds_no_password(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(UserInputError, match=r"sftp://me:\*\*\*@host/prefix: ") as caught:
         CheckpointStore("sftp://me:secret@host/prefix", "s")
     assert "secret" not in str(caught.value)
-
-
-def test_open_store_uses_the_environment_or_the_runs_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("YOLOSEARCH_CHECKPOINTS", raising=False)
-    assert str(open_store(tmp_path, "s", 1763.25)) == f"{tmp_path}/s"
-    monkeypatch.setenv("YOLOSEARCH_CHECKPOINTS", "memory://elsewhere")
-    store = open_store(tmp_path, "s", 1763.25)
-    assert (str(store), store.is_local) == ("memory:///elsewhere/s", False)
-
-
-def test_open_store_of_an_earlier_study_of_that_name_finds_nothing_usable(tmp_path: Path) -> None:
-    open_store(tmp_path, "s", 1763.25).save(3, 1, 4, tree(4))
-    assert open_store(tmp_path, "s", 1763.25).load(3, 4).epochs_done == 4
-    with pytest.raises(CheckpointError, match="owner"):
-        open_store(tmp_path, "s", 1800.5).load(3, 4)
 
 
 # -- killed writers ---------------------------------------------------------------------------------------------------

@@ -232,7 +232,7 @@ def test_delete_after_the_lease_of_a_lost_worker_needs_no_force(house: House) ->
 def test_delete_does_not_wait_for_the_lease_of_a_dead_process_of_this_host(house: House) -> None:
     house.create()
     house.claim(worker="dead")
-    dead = multiprocessing.get_context("fork").Process(target=time.sleep, args=(0,))
+    dead = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(0,))
     dead.start()
     assert dead.pid is not None
     dead.join()
@@ -385,9 +385,9 @@ def test_remove_temporary_files_leaves_what_a_process_has_mapped(tmp_path: Path)
     for path in (used, left, young):
         path.write_bytes(b"\x05" * 5000)
     age(used, left)
-    fork = multiprocessing.get_context("fork")
-    ours, theirs = fork.Pipe()
-    loader = fork.Process(target=_map_and_wait, args=(used, theirs))
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe()
+    loader = spawn.Process(target=_map_and_wait, args=(used, theirs))
     loader.start()
     assert ours.recv() == 5
     assert remove_temporary_files(tmp_path) == 5000
@@ -513,9 +513,9 @@ def racing() -> Callable[..., list[Any]]:
     """Runs a function in four processes at once and returns what each one told."""
 
     def run(function: Callable[..., None], *arguments: Any) -> list[Any]:
-        fork = multiprocessing.get_context("fork")
-        pipes = [fork.Pipe(duplex=False) for _ in range(4)]
-        processes = [fork.Process(target=function, args=(*arguments, theirs)) for _, theirs in pipes]
+        spawn = multiprocessing.get_context("spawn")
+        pipes = [spawn.Pipe(duplex=False) for _ in range(4)]
+        processes = [spawn.Process(target=function, args=(*arguments, theirs)) for _, theirs in pipes]
         for process in processes:
             process.start()
         answers = [ours.recv() for ours, _ in pipes]
