@@ -5,7 +5,6 @@ What needs torch, Optuna or MLflow is imported inside the commands: `status` and
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import platform
@@ -20,20 +19,32 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.live import Live
 from rich.logging import RichHandler
 
+from search import cli_studies
+from search.cli_common import (
+    AsJson,
+    RunsDir,
+    Storage,
+    StudyFile,
+    StudyName,
+    err,
+    open_study,
+    out,
+    print_json,
+    runs_folder,
+    study_name,
+)
 from search.config import StudyConfig, load_study_config
-from search.database import check_study_name, make_engine, mask_url, resolve_storage_url
+from search.database import make_engine, mask_url, resolve_storage_url
 from search.errors import SearchError, StudyStoppedError, UserInputError
 from search.launch.local import LocalLauncher, LocalPlan
 from search.launch.mlflow_ui import DEFAULT_HOST, MlflowUi
 from search.ledger import Ledger
-from search.paths import StudyFolder, default_runs_dir
+from search.paths import StudyFolder
 from search.report import StudyStatus, comparison_table, headline, live_view, study_status, trials_table
 from search.tracking import default_tracking_uri, open_tracker
-from search.worker.existing import open_existing
 from search.worker.lease import DEFAULT_LEASE_SECONDS
 from yolocore.errors import InputError, YolocoreError
 
@@ -53,22 +64,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-out = Console()
-err = Console(stderr=True)
-
-StudyFile = Annotated[Path, typer.Argument(metavar="STUDY.yaml", help="The study file.", show_default=False)]
-StudyName = Annotated[str, typer.Argument(metavar="STUDY", help="Name of the study, or its YAML.", show_default=False)]
-Storage = Annotated[
-    str | None,
-    typer.Option("--storage", metavar="URL", help="Database; default $YOLOSEARCH_STORAGE_URL or runs/STUDY/study.db."),
-]
-RunsDir = Annotated[
-    Path | None,
-    typer.Option(
-        "--runs-dir", metavar="DIR", help="Where everything is written; default $YOLOSEARCH_RUNS_DIR or runs."
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+app.add_typer(cli_studies.app)
 
 
 def main() -> None:
@@ -101,9 +97,9 @@ def check(study: StudyFile, storage: Storage = None, runs_dir: RunsDir = None, a
 
     Example: yolosearch check studies/loss-weights.yaml
     """
-    plan = _plan(study, storage, _runs(runs_dir))
+    plan = _plan(study, storage, runs_folder(runs_dir))
     if as_json:
-        _print_json(plan.to_json())
+        print_json(plan.to_json())
     else:
         _print_plan(plan)
 
@@ -121,7 +117,7 @@ def create(
     """
     from search.launch.prepare import create_or_resume
 
-    plan = _plan(study, storage, _runs(runs_dir))
+    plan = _plan(study, storage, runs_folder(runs_dir))
     created = create_or_resume(plan, _more_trials(trials))
     _print_plan(plan)
     out.print("study created" if created else "study taken up again", style="dim")
@@ -143,7 +139,7 @@ def run(
     """
     from search.launch.prepare import create_or_resume
 
-    runs = _runs(runs_dir)
+    runs = runs_folder(runs_dir)
     more = _more_trials(trials)
     plan = _plan(study, storage, runs)
     created = create_or_resume(plan, more)
@@ -223,8 +219,8 @@ def worker(
     """
     from search.worker.session import WorkerOptions, run_worker
 
-    runs = _runs(runs_dir)
-    name = _study_name(study)
+    runs = runs_folder(runs_dir)
+    name = study_name(study)
     options = WorkerOptions(
         storage_url=resolve_storage_url(storage, runs, name),
         study=name,
@@ -250,7 +246,7 @@ def status(study: StudyName, storage: Storage = None, runs_dir: RunsDir = None, 
     """
     _, _, now = _read(study, storage, runs_dir)
     if as_json:
-        _print_json(now.to_json())
+        print_json(now.to_json())
     else:
         out.print(live_view(now))
 
@@ -263,7 +259,7 @@ def trials(study: StudyName, storage: Storage = None, runs_dir: RunsDir = None, 
     """
     _, _, now = _read(study, storage, runs_dir)
     if as_json:
-        _print_json(now.to_json()["trials"])
+        print_json(now.to_json()["trials"])
     else:
         out.print(trials_table(now))
 
@@ -283,9 +279,9 @@ def export(
     Example: yolosearch export quickstart -o hyp.yaml
     """
     ledger, config, _ = _read(study, storage, runs_dir)
-    path = _export(ledger, config, output or StudyFolder(_runs(runs_dir), config.name).best_hyp)
+    path = _export(ledger, config, output or StudyFolder(runs_folder(runs_dir), config.name).best_hyp)
     if as_json:
-        _print_json({"study": config.name, "path": str(path)})
+        print_json({"study": config.name, "path": str(path)})
     else:
         out.print(f"best hyp: {path}", highlight=False, soft_wrap=True)
 
@@ -302,7 +298,7 @@ def ui(
 
     Example: yolosearch ui quickstart
     """
-    runs = _runs(runs_dir)
+    runs = runs_folder(runs_dir)
     config = None if study is None else _read(study, storage, runs_dir)[1]
     uri = (config.tracking.uri if config is not None else None) or default_tracking_uri(runs)
     with MlflowUi.start(uri, runs, host=host, port=port) as server:
@@ -317,17 +313,6 @@ def ui(
         server.wait()
 
 
-def _runs(runs_dir: Path | None) -> Path:
-    return (runs_dir or default_runs_dir()).resolve()
-
-
-def _study_name(study: str) -> str:
-    """A study's name, also given by its YAML file."""
-    if study.endswith((".yaml", ".yml")):
-        return load_study_config(Path(study)).name
-    return check_study_name(study)
-
-
 def _plan(study: Path, storage: str | None, runs: Path) -> StudyPlan:
     from search.launch.prepare import plan_study
 
@@ -337,10 +322,7 @@ def _plan(study: Path, storage: str | None, runs: Path) -> StudyPlan:
 
 def _read(study: str, storage: str | None, runs_dir: Path | None) -> tuple[Ledger, StudyConfig, StudyStatus]:
     """A study that exists, as its database has it now."""
-    runs, name = _runs(runs_dir), _study_name(study)
-    ledger = open_existing(resolve_storage_url(storage, runs, name), name)
-    ledger.check_schema()
-    config = StudyConfig.from_json(ledger.study(name).config)
+    ledger, config = open_study(study, storage, runs_dir)
     return ledger, config, study_status(ledger, config)
 
 
@@ -352,10 +334,6 @@ def _more_trials(text: str | None) -> int:
             f"--trials: got {text!r}; allowed: +N, for example +20 (the total stands in the study file)"
         )
     return int(text)
-
-
-def _print_json(data: object) -> None:
-    sys.stdout.write(json.dumps(data, indent=2) + "\n")
 
 
 def _print_plan(plan: StudyPlan) -> None:
@@ -376,7 +354,7 @@ def _print_outcome(ledger: Ledger, plan: StudyPlan, study: Path, as_json: bool) 
     status = study_status(ledger, plan.config)
     path = _export(ledger, plan.config, plan.folder.best_hyp) if status.finished and status.best else None
     if as_json:
-        _print_json(status.to_json())
+        print_json(status.to_json())
         return
     out.print(trials_table(status))
     if path is None:

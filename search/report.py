@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -13,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from search.config import StudyConfig
+from search.housekeeping import StudyRow
 from search.ledger import EpochRow, Ledger, Ticket, TicketState, WorkerRow, WorkerState
 from yolocore.hyperparameters import LOSS_WEIGHT_KEYS
 
@@ -158,6 +160,18 @@ def trials_table(status: StudyStatus) -> RenderableType:
         table.add_row(_name(trial), Text(trial.state, style=style), epoch, _value(trial.value), *params, seconds)
     reasons = [Text(f"trial {_name(trial)}: {trial.reason}") for trial in status.trials if trial.reason]
     return Group(table, *reasons)
+
+
+def studies_table(rows: Sequence[StudyRow]) -> Table:
+    """One line a study."""
+    table = _table("studies", "", "trials", "done", "running", "failed", "best", "created")
+    for row in rows:
+        done = row.counts[TicketState.COMPLETE] + row.counts[TicketState.PRUNED]
+        numbers = (sum(row.counts.values()), done, row.counts[TicketState.RUNNING], row.counts[TicketState.FAIL])
+        created = datetime.fromtimestamp(row.created, UTC).strftime("%Y-%m-%d %H:%M")
+        name = row.name if row.stop_reason is None else f"{row.name} (stopped)"
+        table.add_row(name, *map(str, numbers), _value(row.best), created)
+    return table
 
 
 def comparison_table(status: StudyStatus, base: Mapping[str, float], best: Mapping[str, float]) -> Table:

@@ -112,6 +112,11 @@ class StudyRecord:
     stop_reason: str | None = None
     """Why no more tickets are given out; None while the study may go on."""
 
+    @property
+    def owner(self) -> str:
+        """Tells this study from an earlier one of the same name, where files or runs of that one are left."""
+        return f"{self.created:.3f}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerRow:

@@ -127,7 +127,7 @@ def _open(options: WorkerOptions, ledger: Ledger, record: StudyRecord, config: S
         worker_id=options.worker_id,
         lease_seconds=options.lease_seconds,
         checkpoints=options.checkpoints or str(options.runs_dir),
-        owner=f"{record.created:.3f}",
+        owner=record.owner,
         hang_seconds=options.hang_seconds,
         deadline=None if options.timeout is None else time.time() + options.timeout,
     )

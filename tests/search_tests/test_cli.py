@@ -18,11 +18,13 @@ from test_config import BROKEN as BROKEN_STUDIES
 from test_config import GOOD
 from tiny import NAME, TinyStudy, make_study, wait_for
 
+from search import cli_studies
 from search.cli import app, main
 from search.ledger import TicketState, WorkerState
 from yolocore.hyperparameters import Hyperparameters
 
-COMMANDS = ["check", "run", "worker", "status", "trials", "export", "ui"]
+COMMANDS = ["check", "create", "run", "worker", "status", "trials", "export", "ui"]
+COMMANDS += ["list", "clone", "retry", "clean", "delete"]
 
 
 class Result(NamedTuple):
@@ -70,9 +72,9 @@ def test_help_names_every_command(yolosearch: Command) -> None:
     result = yolosearch("--help")
 
     assert result.code == 0
-    assert sorted(info.name or info.callback.__name__ for info in app.registered_commands if info.callback) == sorted(
-        COMMANDS
-    )
+    registered = [*app.registered_commands, *cli_studies.app.registered_commands]
+    names = sorted(info.name or info.callback.__name__ for info in registered if info.callback)
+    assert names == sorted(COMMANDS)
     assert all(re.search(rf"^\s+{command}\s", result.out, re.MULTILINE) for command in COMMANDS)
 
 
@@ -84,7 +86,7 @@ def test_help_of_every_command_has_an_example(yolosearch: Command, command: str)
     assert re.search(rf"Example: .*yolosearch {command}\b", result.out)
 
 
-@pytest.mark.parametrize("command", ["status", "trials", "check", "run", "export"])
+@pytest.mark.parametrize("command", ["status", "trials", "check", "run", "export", "list", "clean", "delete"])
 def test_help_json_is_offered(yolosearch: Command, command: str) -> None:
     assert "--json" in yolosearch(command, "--help").out
 
@@ -467,3 +469,31 @@ def test_worker_two_by_hand_share_a_study(
     # Neither took the other, whose name is not on its command line, for dead.
     assert [ticket.attempt for ticket in study.tickets()] == [1] * 8
     assert len({ticket.worker for ticket in study.tickets()}) == 2
+
+
+# ---- looking after studies -------------------------------------------------------------------------------------------
+
+
+def test_clone_written_file_is_a_study_that_check_accepts(
+    yolosearch: Command, make: Callable[..., TinyStudy], tmp_path: Path
+) -> None:
+    study, target = make(), tmp_path / "copy.yaml"
+    study.create()
+    words = ["clone", NAME, "copy", "-o", target, "--runs-dir", study.runs]
+
+    assert yolosearch(*words).code == 0
+    assert yolosearch("check", target, "--runs-dir", study.runs).code == 0
+    again = yolosearch(*words)
+    assert (again.code, again.err.strip()) == (2, f"{target}: File exists")
+
+
+def test_list_clean_retry_and_delete_tell_what_they_did(yolosearch: Command, make: Callable[..., TinyStudy]) -> None:
+    study = make()
+    study.create()
+    where = ("--runs-dir", study.runs)
+
+    assert json.loads(yolosearch("list", "--json", *where).out)[0]["counts"]["WAITING"] == 3
+    assert json.loads(yolosearch("clean", NAME, "--json", *where).out)["checkpoints"] == 0
+    assert "no failed trial to retry" in yolosearch("retry", NAME, *where).out
+    assert json.loads(yolosearch("delete", NAME, "--json", *where).out)["trials"] == 3
+    assert yolosearch("status", NAME, *where).code == 2
