@@ -1,16 +1,16 @@
 """Studies listed, cloned, deleted, cleaned up after, and their failed trials retried."""
 
-import multiprocessing
 import os
 import shutil
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
-import numpy as np
 import optuna
 import pytest
 
@@ -95,6 +95,12 @@ class House:
 @pytest.fixture
 def house(storage_url: str, tmp_path: Path) -> House:
     return House(storage_url, tmp_path / "runs")
+
+
+@pytest.fixture
+def aside(sqlite_url: str, tmp_path: Path) -> House:
+    """With a SQLite file outside the runs folder."""
+    return House(sqlite_url, tmp_path / "runs")
 
 
 @pytest.fixture
@@ -200,12 +206,12 @@ def test_delete_takes_rows_trials_and_folder_of_one_study(house: House) -> None:
         delete(house.ledger, house.storage_url, "s", house.runs)
 
 
-def test_delete_then_create_again_starts_afresh(house: House) -> None:
-    house.create()
-    house.end(0.5, 0.25)
-    delete(house.ledger, house.storage_url, "s", house.runs)
-    house.create()
-    assert {ticket.state for ticket in house.ledger.tickets("s")} == {TicketState.WAITING}
+def test_delete_then_create_again_starts_afresh(aside: House) -> None:
+    aside.create()
+    aside.end(0.5, 0.25)
+    delete(aside.ledger, aside.storage_url, "s", aside.runs)
+    aside.create()
+    assert {ticket.state for ticket in aside.ledger.tickets("s")} == {TicketState.WAITING}
 
 
 def test_delete_while_somebody_works_raises_and_touches_nothing(house: House) -> None:
@@ -222,35 +228,33 @@ def test_delete_while_somebody_works_raises_and_touches_nothing(house: House) ->
     assert not house.folder().root.exists()
 
 
-def test_delete_after_the_lease_of_a_lost_worker_needs_no_force(house: House) -> None:
-    house.create()
-    house.claim(lease=-1.0)
-    delete(house.ledger, house.storage_url, "s", house.runs)
-    assert house.ledger.studies() == ()
+def test_delete_after_the_lease_of_a_lost_worker_needs_no_force(aside: House) -> None:
+    aside.create()
+    aside.claim(lease=-1.0)
+    delete(aside.ledger, aside.storage_url, "s", aside.runs)
+    assert aside.ledger.studies() == ()
 
 
-def test_delete_does_not_wait_for_the_lease_of_a_dead_process_of_this_host(house: House) -> None:
-    house.create()
-    house.claim(worker="dead")
-    dead = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(0,))
-    dead.start()
-    assert dead.pid is not None
-    dead.join()
-    house.ledger.register_worker("dead", "s", process_identity(), dead.pid, "cpu")
-    delete(house.ledger, house.storage_url, "s", house.runs)
-    assert house.ledger.studies() == ()
+def test_delete_does_not_wait_for_the_lease_of_a_dead_process_of_this_host(aside: House) -> None:
+    aside.create()
+    aside.claim(worker="dead")
+    dead = subprocess.Popen([sys.executable, "-c", "pass"])
+    dead.wait()
+    aside.ledger.register_worker("dead", "s", process_identity(), dead.pid, "cpu")
+    delete(aside.ledger, aside.storage_url, "s", aside.runs)
+    assert aside.ledger.studies() == ()
 
 
-def test_delete_interrupted_before_the_rows_can_be_repeated(house: House) -> None:
-    house.create()
-    house.folder().best_hyp.unlink()
-    house.folder().best_hyp.symlink_to(house.runs / "nowhere")
-    house.ledger.stop("s", "`yolosearch delete` was interrupted: run it again")
-    optuna.delete_study(study_name="s", storage=open_storage(house.storage_url))
-    shutil.rmtree(house.folder().root / "trials")
-    delete(house.ledger, house.storage_url, "s", house.runs)
-    assert house.ledger.studies() == ()
-    assert not house.folder().root.exists()
+def test_delete_interrupted_before_the_rows_can_be_repeated(aside: House) -> None:
+    aside.create()
+    aside.folder().best_hyp.unlink()
+    aside.folder().best_hyp.symlink_to(aside.runs / "nowhere")
+    aside.ledger.stop("s", "`yolosearch delete` was interrupted: run it again")
+    optuna.delete_study(study_name="s", storage=open_storage(aside.storage_url))
+    shutil.rmtree(aside.folder().root / "trials")
+    delete(aside.ledger, aside.storage_url, "s", aside.runs)
+    assert aside.ledger.studies() == ()
+    assert not aside.folder().root.exists()
 
 
 def test_delete_removes_the_database_in_the_folder(local: House) -> None:
@@ -281,13 +285,13 @@ def test_delete_follows_no_links(local: House, tmp_path: Path) -> None:
     assert not local.folder().root.exists()
 
 
-def test_delete_folder_that_is_a_link_raises_and_touches_nothing(house: House, tmp_path: Path) -> None:
-    house.create()
-    house.folder().root.rename(tmp_path / "elsewhere")
-    house.folder().root.symlink_to(tmp_path / "elsewhere")
+def test_delete_folder_that_is_a_link_raises_and_touches_nothing(aside: House, tmp_path: Path) -> None:
+    aside.create()
+    aside.folder().root.rename(tmp_path / "elsewhere")
+    aside.folder().root.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(UserInputError, match=r"runs/s: a link to .*elsewhere; allowed: a folder"):
-        delete(house.ledger, house.storage_url, "s", house.runs)
-    assert house.optuna_names() == ["s"]
+        delete(aside.ledger, aside.storage_url, "s", aside.runs)
+    assert aside.optuna_names() == ["s"]
     assert (tmp_path / "elsewhere" / "trials").is_dir()
 
 
@@ -318,26 +322,26 @@ def test_delete_takes_the_checkpoints_in_another_store(local: House) -> None:
 # -- clean ------------------------------------------------------------------------------------------------------------
 
 
-def test_clean_keeps_open_trials_and_the_best(house: House, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_clean_keeps_open_trials_and_the_best(aside: House, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    house.create()
-    house.end(0.25, 0.75, None)
-    sizes = [house.store().checkpoints(number)[0].size for number in range(3)]
+    aside.create()
+    aside.end(0.25, 0.75, None)
+    sizes = [aside.store().checkpoints(number)[0].size for number in range(3)]
     expected = {"checkpoints": sum(sizes), "weights": 20, "temporary": 0, "total": sum(sizes) + 20}
-    assert clean(house.ledger, house.folder(), house.store(), dry_run=True).to_json() == expected
-    assert clean(house.ledger, house.folder(), house.store()).to_json() == expected
-    assert clean(house.ledger, house.folder(), house.store()).total == 0
-    assert [bool(house.store().checkpoints(number)) for number in range(4)] == [False, False, False, True]
-    assert [house.folder().weights(number).is_file() for number in range(4)] == [False, True, False, True]
-    assert house.folder().best_hyp.is_file()
-    assert house.folder().log("w").is_file()
+    assert clean(aside.ledger, aside.folder(), aside.store(), dry_run=True).to_json() == expected
+    assert clean(aside.ledger, aside.folder(), aside.store()).to_json() == expected
+    assert clean(aside.ledger, aside.folder(), aside.store()).total == 0
+    assert [bool(aside.store().checkpoints(number)) for number in range(4)] == [False, False, False, True]
+    assert [aside.folder().weights(number).is_file() for number in range(4)] == [False, True, False, True]
+    assert aside.folder().best_hyp.is_file()
+    assert aside.folder().log("w").is_file()
 
 
-def test_clean_without_a_complete_trial_keeps_all_weights(house: House) -> None:
-    house.create()
-    house.end(None, None)
-    assert clean(house.ledger, house.folder(), house.store()).weights == 0
-    assert house.folder().weights(0).is_file()
+def test_clean_without_a_complete_trial_keeps_all_weights(aside: House) -> None:
+    aside.create()
+    aside.end(None, None)
+    assert clean(aside.ledger, aside.folder(), aside.store()).weights == 0
+    assert aside.folder().weights(0).is_file()
 
 
 def test_clean_of_equal_values_keeps_the_first(local: House) -> None:
@@ -374,10 +378,13 @@ def age(*paths: Path) -> None:
         os.utime(path, (time.time() - 2 * HOUR,) * 2)
 
 
-def _map_and_wait(path: Path, told: Connection) -> None:
-    pixels = np.memmap(path, dtype=np.uint8, mode="r")
-    told.send(int(pixels[0]))
-    told.recv()
+MAP_AND_WAIT = """
+import mmap, sys
+with open(sys.argv[1], "rb") as file:
+    pixels = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+print(pixels[0], flush=True)
+sys.stdin.read()
+"""
 
 
 def test_remove_temporary_files_leaves_what_a_process_has_mapped(tmp_path: Path) -> None:
@@ -385,15 +392,14 @@ def test_remove_temporary_files_leaves_what_a_process_has_mapped(tmp_path: Path)
     for path in (used, left, young):
         path.write_bytes(b"\x05" * 5000)
     age(used, left)
-    spawn = multiprocessing.get_context("spawn")
-    ours, theirs = spawn.Pipe()
-    loader = spawn.Process(target=_map_and_wait, args=(used, theirs))
-    loader.start()
-    assert ours.recv() == 5
+    loader = subprocess.Popen(
+        [sys.executable, "-c", MAP_AND_WAIT, str(used)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert loader.stdout is not None
+    assert loader.stdout.readline() == "5\n"
     assert remove_temporary_files(tmp_path) == 5000
     assert sorted(path.name[18:] for path in tmp_path.iterdir()) == ["used", "young"]
-    ours.send(None)
-    loader.join()
+    loader.communicate()
     assert remove_temporary_files(tmp_path) == 5000
     assert sorted(path.name[18:] for path in tmp_path.iterdir()) == ["young"]
 
@@ -433,31 +439,31 @@ def test_retry_adds_tickets_with_the_same_parameters_and_lets_the_study_go_on(ho
     assert [ticket.number for ticket in house.ledger.claim("s", "w", 9, 60.0)] == [3, 4, 5]
 
 
-def test_retry_all_does_not_repeat_what_was_retried(house: House) -> None:
-    config = house.create()
-    house.end(None)
-    retry(house.ledger, config)
-    assert retry(house.ledger, config) == ()
-    house.end(0.5, 0.5, 0.5, None)
-    assert retries(retry(house.ledger, config)) == [(5, 4)]
+def test_retry_all_does_not_repeat_what_was_retried(aside: House) -> None:
+    config = aside.create()
+    aside.end(None)
+    retry(aside.ledger, config)
+    assert retry(aside.ledger, config) == ()
+    aside.end(0.5, 0.5, 0.5, None)
+    assert retries(retry(aside.ledger, config)) == [(5, 4)]
 
 
-def test_retry_named_trials_only(house: House) -> None:
-    config = house.create()
-    house.end(None, None, None)
-    assert retries(retry(house.ledger, config, [2, 0, 2])) == [(4, 0), (5, 2)]
+def test_retry_named_trials_only(aside: House) -> None:
+    config = aside.create()
+    aside.end(None, None, None)
+    assert retries(retry(aside.ledger, config, [2, 0, 2])) == [(4, 0), (5, 2)]
     for numbers, problem in (([1, 0], "trial 0 was retried already, as trial 4"), ([17], "trial 17 does not exist")):
         with pytest.raises(UserInputError, match=problem):
-            retry(house.ledger, config, numbers)
-    assert len(house.ledger.tickets("s")) == 6
+            retry(aside.ledger, config, numbers)
+    assert len(aside.ledger.tickets("s")) == 6
 
 
-def test_retry_nothing_failed_adds_nothing(house: House) -> None:
-    config = house.create()
-    house.end(0.5)
-    house.ledger.stop("s", "by hand")
-    assert retry(house.ledger, config) == ()
-    assert house.ledger.study("s").stop_reason == "by hand"
+def test_retry_nothing_failed_adds_nothing(aside: House) -> None:
+    config = aside.create()
+    aside.end(0.5)
+    aside.ledger.stop("s", "by hand")
+    assert retry(aside.ledger, config) == ()
+    assert aside.ledger.study("s").stop_reason == "by hand"
 
 
 def before_ask(house: House) -> None:
@@ -480,47 +486,33 @@ def test_retry_in_a_grid_takes_the_failed_trials_point(local: House) -> None:
     assert added.fixed_params in ({"box": 0.1}, {"box": 0.2})
 
 
-def test_retry_is_asked_of_optuna_as_a_trial_of_its_own_with_the_same_parameters(house: House) -> None:
-    config = house.create()
-    house.end(None)
-    (added,) = retry(house.ledger, config)
-    study = load_study(config, open_storage(house.storage_url))
-    tell(study, house.ledger.tickets("s")[0].trial_id or 0, "FAIL")
-    linked = house.ledger.linked_trial_ids("s")
+def test_retry_is_asked_of_optuna_as_a_trial_of_its_own_with_the_same_parameters(aside: House) -> None:
+    config = aside.create()
+    aside.end(None)
+    (added,) = retry(aside.ledger, config)
+    study = load_study(config, open_storage(aside.storage_url))
+    tell(study, aside.ledger.tickets("s")[0].trial_id or 0, "FAIL")
+    linked = aside.ledger.linked_trial_ids("s")
     asked = ask(study, config, added.number, linked, added.fixed_params)
-    assert asked.params == house.ledger.tickets("s")[0].params
+    assert asked.params == aside.ledger.tickets("s")[0].params
     assert asked.trial_id not in linked
     assert [trial.state.name for trial in study.trials] == ["FAIL", "RUNNING"]
 
 
-def _retry_in_a_process(storage_url: str, config: StudyConfig, told: Connection) -> None:
-    try:
-        told.send(retries(retry(Ledger(make_engine(storage_url)), config, [0, 1])))
-    except UserInputError as error:
-        told.send(str(error))
-
-
-def test_retry_by_processes_at_once_retries_once(house: House, racing: Callable[..., list[Any]]) -> None:
+def test_retry_by_several_at_once_retries_once(house: House) -> None:
     config = house.create()
     house.end(None, None)
-    answers = racing(_retry_in_a_process, house.storage_url, config)
-    assert sorted(type(answer).__name__ for answer in answers) == ["list", "str", "str", "str"]
+    together = Barrier(4)
+
+    def attempt(_: int) -> str:
+        ledger = house.ledger
+        together.wait()
+        try:
+            return str(retries(retry(ledger, config, [0, 1])))
+        except UserInputError as error:
+            return str(error).partition(";")[0]
+
+    with ThreadPoolExecutor(4) as pool:
+        answers = sorted(pool.map(attempt, range(4)))
+    assert answers == ["[(4, 0), (5, 1)]", *["study s: trial 0 was retried already, as trial 4"] * 3]
     assert retries(house.ledger.tickets("s")) == [(0, None), (1, None), (2, None), (3, None), (4, 0), (5, 1)]
-
-
-@pytest.fixture
-def racing() -> Callable[..., list[Any]]:
-    """Runs a function in four processes at once and returns what each one told."""
-
-    def run(function: Callable[..., None], *arguments: Any) -> list[Any]:
-        spawn = multiprocessing.get_context("spawn")
-        pipes = [spawn.Pipe(duplex=False) for _ in range(4)]
-        processes = [spawn.Process(target=function, args=(*arguments, theirs)) for _, theirs in pipes]
-        for process in processes:
-            process.start()
-        answers = [ours.recv() for ours, _ in pipes]
-        for process in processes:
-            process.join()
-        return answers
-
-    return run
