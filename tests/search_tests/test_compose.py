@@ -200,7 +200,8 @@ def test_compose_commands_are_known_to_the_command_line(services: dict[str, Any]
 def test_dockerfile_base_is_an_argument_and_user_not_root(image: str) -> None:
     lines = (ROOT / "docker" / f"Dockerfile.{image}").read_text("utf-8").splitlines()
     instructions = [line.split(maxsplit=1) for line in lines if re.match(r"[A-Z]+ ", line)]
-    assert instructions[:2] == [["ARG", "BASE_IMAGE=python:3.11-slim"], ["FROM", "${BASE_IMAGE}"]]
+    assert instructions[0] == ["ARG", "BASE_IMAGE=python:3.11-slim"]
+    assert {value.split()[0] for name, value in instructions if name == "FROM"} == {"${BASE_IMAGE}"}
     users = [value for name, value in instructions if name == "USER"]
     assert re.fullmatch(r"1000(\d):1000\1", users[-1])
     after_user = [name for name, _ in instructions[[name for name, _ in instructions].index("USER") :]]
@@ -216,7 +217,7 @@ def test_dockerignore_lets_only_the_sources_pass() -> None:
         source
         for image in IMAGES
         for line in (ROOT / "docker" / f"Dockerfile.{image}").read_text("utf-8").splitlines()
-        if line.startswith("COPY ")
+        if line.startswith("COPY ") and "--from=" not in line
         for source in line.split()[1:-1]
     }
     assert allowed == copied
