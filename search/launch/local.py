@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
 from search.database import STORAGE_URL_VARIABLE
-from search.ledger import Ledger
+from search.errors import DatabaseError
+from search.ledger import Ledger, TicketState
 from search.paths import StudyFolder
+
+logger = logging.getLogger(__name__)
 
 MAX_RESTARTS_WITHOUT_PROGRESS = 5
 RESTART_DELAYS = (1.0, 2.0, 5.0, 10.0, 30.0)
@@ -51,6 +55,7 @@ class _Child:
     log_path: Path = Path()
     starts: int = 0
     process: subprocess.Popen[bytes] | None = None
+    code: int | None = None
     log: BinaryIO | None = None
     restarts: int = 0
     progress: int = 0
@@ -107,7 +112,10 @@ class LocalLauncher:
         """
         for child in self._children:
             if not child.done and not child.running:
-                self._look_after(child)
+                try:
+                    self._look_after(child)
+                except DatabaseError as error:
+                    logger.warning("worker %s ended, and the database is away: %s", child.worker_id, error)
         return not all(child.done for child in self._children)
 
     def stop(self) -> None:
@@ -117,19 +125,26 @@ class LocalLauncher:
             if child.process is not None and child.running:
                 child.process.send_signal(signal.SIGTERM)
         deadline = time.monotonic() + self.plan.stop_seconds
-        for child in self._children:
-            self._bury(child, max(0.1, deadline - time.monotonic()))
+        buried = [child for child in self._children if self._bury(child, max(0.1, deadline - time.monotonic()))]
+        try:
+            self._hand_back(child.worker_id for child in buried)
+        except DatabaseError as error:
+            logger.warning("what killed workers held is free when its lease ends, the database is away: %s", error)
 
     def _look_after(self, child: _Child) -> None:
         if child.process is None:
             if time.monotonic() >= child.retry_at:
                 self._start(child)
             return
-        code = child.process.returncode
+        code = child.code = child.process.returncode
+        # First all that needs the database: while that is away the child stays as it is, and is looked at again.
+        self._release(child)
+        is_over = code == 0 or self._is_stopped()
+        given_up = not is_over and (code == EXIT_BAD_INPUT or self._gives_up(child))
         self._bury(child, timeout=1.0)
-        if code == 0 or self._is_stopped():
+        if is_over:
             child.done = True
-        elif code == EXIT_BAD_INPUT or self._gives_up(child):
+        elif given_up:
             child.done = True
             self.bad_input |= code == EXIT_BAD_INPUT
             self.failures.append(f"worker {child.worker_id} ended with exit code {code}: {_last_line(child.log_path)}")
@@ -148,21 +163,31 @@ class LocalLauncher:
         child.progress = progress
         return child.restarts > MAX_RESTARTS_WITHOUT_PROGRESS
 
-    def _bury(self, child: _Child, timeout: float) -> None:
-        """Waits for the end of a process, and frees what it held."""
+    def _release(self, child: _Child) -> None:
+        """Frees what a process held that did not end well: nobody has to wait for the lease of a dead one."""
+        if child.code != 0:
+            self.ledger.release_worker(child.worker_id)
+
+    def _hand_back(self, worker_ids: Iterable[str]) -> None:
+        """Frees what processes held that had to be killed; they were asked to end, so no trial is charged."""
+        names = set(worker_ids)
+        tickets = self.ledger.tickets(self.plan.folder.study) if names else ()
+        self.ledger.hand_back(t for t in tickets if t.worker in names and t.state is TicketState.RUNNING)
+
+    def _bury(self, child: _Child, timeout: float) -> bool:
+        """Waits for the end of a process; False if there is none."""
         if child.process is None:
-            return
+            return False
         try:
             child.process.wait(timeout=timeout)
         except subprocess.TimeoutExpired:
             child.process.kill()
             child.process.wait()
-        if child.process.returncode != 0:
-            # Nobody has to wait for the lease of a process that is known to be dead.
-            self.ledger.release_worker(child.worker_id)
+        child.code = child.process.returncode
         if child.log is not None:
             child.log.close()
         child.process = child.log = None
+        return True
 
     def _start(self, child: _Child) -> None:
         # A new name for every start: what the dead process still held is told apart from what the new one claims.

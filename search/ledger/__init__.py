@@ -1,7 +1,7 @@
 """The ledger: our own tables beside Optuna's, and the only truth of a trial's state."""
 
 from search.ledger.claims import MAX_STALLED
-from search.ledger.ledger import Ledger
+from search.ledger.ledger import Ledger, TrialTakenError
 from search.ledger.records import EpochRow, StateCount, StudyRecord, Ticket, TicketState, WorkerRow, WorkerState
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "StudyRecord",
     "Ticket",
     "TicketState",
+    "TrialTakenError",
     "WorkerRow",
     "WorkerState",
 ]

@@ -36,6 +36,10 @@ ASK_LOCK_SECONDS = 600.0
 T = TypeVar("T")
 
 
+class TrialTakenError(DatabaseError):
+    """The Optuna trial belongs to another ticket already; nothing was written."""
+
+
 class Ledger:
     """Tickets, epoch reports, studies and workers in a database that many processes share.
 
@@ -352,7 +356,8 @@ class Ledger:
 
         Raises:
             LeaseLostError: the ticket is no longer held.
-            DatabaseError: the ticket has another trial already, or another ticket has this one.
+            TrialTakenError: another ticket has this trial.
+            DatabaseError: the ticket has another trial already.
         """
 
         def link(connection: Connection) -> Ticket:
@@ -365,7 +370,7 @@ class Ledger:
         try:
             return self._write(link)
         except IntegrityError:
-            raise DatabaseError(f"trial id {trial_id} of study {ticket.study!r} belongs to another ticket") from None
+            raise TrialTakenError(f"trial id {trial_id} of study {ticket.study!r} belongs to another ticket") from None
 
     def set_run(self, ticket: Ticket, run_id: str) -> Ticket:
         """Stores the MLflow run of the trial. Raises LeaseLostError."""

@@ -128,6 +128,9 @@ class Mirror:
         if ticket.state.is_final:
             self._sync_summary(ticket)
             self._ledger.mark_mirrored(ticket_id)
+        elif self._ledger.ticket(ticket_id).state is not ticket.state:
+            # Shown too late, for example by a process that was halted: what holds now is shown after it.
+            self.notify(ticket_id)
 
     def _sync_run(self, ticket: Ticket) -> None:
         run_id = self._run_of(ticket)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import logging
 import os
 import platform
@@ -89,6 +91,8 @@ def run_worker(options: WorkerOptions) -> int:
         UserInputError: No such study, or other data than the study was created with.
         StudyStoppedError: Too many trials in a row failed.
     """
+    # At its end the interpreter would look through all that was imported, for seconds, before the kernel frees it.
+    atexit.register(gc.freeze)
     ledger = open_existing(options.storage_url, options.study, patience=OUTAGE_SECONDS)
     ledger.initialise()
     record = ledger.study(options.study)

@@ -35,14 +35,18 @@ class TrainerLink:
         self._check = check
         self._process: BaseProcess | None = None
 
+    def start(self) -> None:
+        """Starts the trainer where none runs; the first start imports torch, for seconds in which nobody checks."""
+        if self._process is None:
+            self._start()
+
     def send(self, message: object) -> None:
         """Says something, starting the trainer where none runs.
 
         Raises:
             TrainerDiedError: It is not there to hear it.
         """
-        if self._process is None:
-            self._start()
+        self.start()
         try:
             self._connection.send(message)
         except (BrokenPipeError, ConnectionResetError):

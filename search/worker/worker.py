@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 
 from search.errors import LeaseLostError, StudyStoppedError
-from search.ledger import Ticket, TicketState
+from search.ledger import Ticket, TicketState, TrialTakenError
 from search.space import pack_limit
 from search.study import ask, orphans, tell
 from search.worker.context import WorkerContext
@@ -73,6 +73,12 @@ class Worker:
         return sum(ticket.worker == self._context.worker_id and ticket.state.is_final for ticket in tickets)
 
     def _claim(self) -> tuple[Ticket, ...]:
+        counts = self._ledger.counts(self._config.name)
+        if counts[TicketState.WAITING] + counts[TicketState.RUNNING]:
+            # Before anything is held: a signal that arrives during the first start finds nothing to hand back.
+            self._trainer.start()
+        if self._stop.is_set:
+            return ()
         limit = pack_limit(self._config)
         tickets = self._ledger.claim(self._config.name, self._context.worker_id, limit, self._context.lease_seconds)
         self._leases.hold(ticket.id for ticket in tickets)
@@ -118,13 +124,15 @@ class Worker:
 
     def _with_trial(self, ticket: Ticket) -> Ticket:
         """Links the ticket to its Optuna trial: its own, one that a dead worker left unlinked, or a new one."""
-        if ticket.trial_id is not None:
-            return ticket
-        with self._ledger.ask_lock(self._config.name):
-            # Under the lock nobody is between `ask` and the link, so an unlinked running trial has lost its owner.
-            linked = self._ledger.linked_trial_ids(self._config.name)
-            trial = ask(self._context.study, self._config, ticket.number, linked, ticket.fixed_params)
-            return self._ledger.link_trial(ticket, trial.trial_id, trial.number, trial.params)
+        while ticket.trial_id is None:
+            # A lock goes with its connection: if the database restarted meanwhile, another worker may have adopted
+            # the trial before it was linked here, and this ticket takes another one.
+            with self._ledger.ask_lock(self._config.name), suppress(TrialTakenError):
+                # Under the lock nobody is between `ask` and the link: an unlinked running trial has lost its owner.
+                linked = self._ledger.linked_trial_ids(self._config.name)
+                trial = ask(self._context.study, self._config, ticket.number, linked, ticket.fixed_params)
+                ticket = self._ledger.link_trial(ticket, trial.trial_id, trial.number, trial.params)
+        return ticket
 
     def _train(self, tickets: Sequence[Ticket]) -> None:
         """Trains one pack; a pack that crashes is retried trial by trial, so that the guilty one fails alone."""
