@@ -61,7 +61,7 @@ def best_trial(ledger: Ledger, config: StudyConfig) -> BestTrial:
         found = f"none of {len(tickets)} trials is complete"
         raise UserInputError(f"study {config.name}: {found}; allowed: a study with a complete trial")
     best = max(complete, key=lambda ticket: (_value(ticket), -ticket.number))
-    base = next((ticket for ticket in complete if ticket.number == 0), None)
+    base = next((ticket for ticket in complete if 0 in (ticket.number, ticket.retry_of)), None)
     rows = [row for row in ledger.reports(best.id) if best.best_epoch in (None, row.epoch)]
     return BestTrial(
         study=config.name,

@@ -31,14 +31,6 @@ class StudyFolder:
         """Where `export` writes the best hyp unless told otherwise."""
         return self.root / "hyp.best.yaml"
 
-    def checkpoint(self, ticket_number: int, epochs_done: int) -> Path:
-        """The resumable state of one trial after `epochs_done` epochs."""
-        return self.trial(ticket_number) / f"checkpoint-{epochs_done:04d}.pt"
-
-    def checkpoints(self, ticket_number: int) -> tuple[Path, ...]:
-        """All checkpoints of one trial that exist."""
-        return tuple(sorted(self.trial(ticket_number).glob("checkpoint-*.pt")))
-
     def trial(self, ticket_number: int) -> Path:
         """Folder of one trial's files."""
         return self.root / "trials" / f"{ticket_number:05d}"

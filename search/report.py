@@ -83,11 +83,17 @@ def study_status(ledger: Ledger, config: StudyConfig) -> StudyStatus:
         trials=trials,
         workers=len(alive),
         best=max(complete, key=lambda trial: trial.value or 0.0, default=None),
-        base=next((trial for trial in trials if trial.ticket == 0), None),
+        base=_base(tickets, trials),
         slot_epochs=sum(len(rows) for rows in reports.values()),
         eta_seconds=_eta(tickets, reports),
         stop_reason=record.stop_reason,
     )
+
+
+def _base(tickets: Sequence[Ticket], trials: Sequence[TrialStatus]) -> TrialStatus | None:
+    """The base's trial; its retry where the first one failed."""
+    found = [trial for ticket, trial in zip(tickets, trials, strict=True) if 0 in (ticket.number, ticket.retry_of)]
+    return found[-1] if found else None
 
 
 def _is_fresh(worker: WorkerRow, seconds: float = 120.0) -> bool:

@@ -190,9 +190,13 @@ def _resume(ledger: Ledger, plan: StudyPlan, record: StudyRecord, more_trials: i
             f"{plan.data}: fingerprint {plan.fingerprint} is not that of study {frozen.name} ({record.fingerprint}): "
             "images, labels or names changed since it was created; allowed: the same data, or another study name"
         )
-    have = sum(ticket.kind == "search" for ticket in ledger.tickets(frozen.name))
+    # A retry is another attempt at a trial of the budget, no trial of its own.
+    have = sum(ticket.kind == "search" and ticket.retry_of is None for ticket in ledger.tickets(frozen.name))
     missing = max(0, plan.config.trials - have) + more_trials
     _check_grid(plan.config, have + missing)
     if missing:
-        ledger.add_tickets(frozen.name, missing)
+        # With retries among them the tickets' numbers are no places in the grid, so each gets its point here.
+        is_grid = plan.config.sampler.name == "grid"
+        points = grid_points(plan.config)[have : have + missing] if is_grid else ()
+        ledger.add_tickets(frozen.name, missing, fixed_params=points)
     ledger.stop(frozen.name, None)

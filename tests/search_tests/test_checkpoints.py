@@ -122,7 +122,7 @@ def test_save_returns_a_path_below_the_root_with_the_digest(backend: Backend) ->
 def test_save_in_a_folder_uses_the_studys_trial_folder(tmp_path: Path) -> None:
     reference = CheckpointStore(tmp_path, "s").save(3, 1, 4, tree(4))
     assert (tmp_path / reference).parent == StudyFolder(tmp_path, "s").trial(3)
-    assert [str(path.relative_to(tmp_path)) for path in StudyFolder(tmp_path, "s").checkpoints(3)] == [reference]
+    assert [str(path.relative_to(tmp_path)) for path in StudyFolder(tmp_path, "s").trial(3).iterdir()] == [reference]
 
 
 def test_load_without_reference_takes_the_latest_attempt(backend: Backend) -> None:
