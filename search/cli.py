@@ -37,7 +37,7 @@ from search.cli_common import (
     study_name,
 )
 from search.config import StudyConfig, load_study_config
-from search.database import make_engine, mask_url, resolve_storage_url
+from search.database import mask_url, resolve_storage_url
 from search.errors import SearchError, StudyStoppedError, UserInputError
 from search.launch.local import LocalLauncher, LocalPlan
 from search.launch.mlflow_ui import DEFAULT_HOST, MlflowUi
@@ -45,6 +45,7 @@ from search.ledger import Ledger
 from search.paths import StudyFolder
 from search.report import StudyStatus, comparison_table, headline, live_view, study_status, trials_table
 from search.tracking import default_tracking_uri, open_tracker
+from search.worker.existing import OUTAGE_SECONDS, open_existing
 from search.worker.lease import DEFAULT_LEASE_SECONDS
 from yolocore.errors import InputError, YolocoreError
 
@@ -55,6 +56,10 @@ EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 REFRESH_SECONDS = 1.0
+
+HANG_SECONDS = 900.0
+
+Hang = Annotated[float, typer.Option(min=1, help="Seconds after which a silent trainer is killed.")]
 
 app = typer.Typer(
     name="yolosearch",
@@ -129,6 +134,7 @@ def run(
     workers: Annotated[int, typer.Option(min=1, help="Worker processes on this machine.")] = 1,
     device: Annotated[list[str] | None, typer.Option(help="Devices dealt out to the workers, e.g. cuda:0.")] = None,
     trials: Annotated[str | None, typer.Option(metavar="+N", help="Add N trials to the study's budget.")] = None,
+    hang: Hang = HANG_SECONDS,
     storage: Storage = None,
     runs_dir: RunsDir = None,
     as_json: AsJson = False,
@@ -146,13 +152,14 @@ def run(
     if not as_json:
         _print_plan(plan)
         out.print("study created" if created else "study taken up again", style="dim")
-    ledger = Ledger(make_engine(plan.storage_url))
+    ledger = open_existing(plan.storage_url, plan.config.name, patience=OUTAGE_SECONDS)
     local = LocalPlan(
         storage_url=plan.storage_url,
         folder=plan.folder,
         workers=workers,
         devices=tuple(device or ()),
         timeout=plan.config.timeout,
+        hang_seconds=hang,
     )
     if not study_status(ledger, plan.config).finished or ledger.unmirrored(plan.config.name):
         _work(ledger, plan.config, local, quiet=as_json)
@@ -194,7 +201,12 @@ def _interrupt(_number: int, _frame: object) -> None:
 def worker(
     study: StudyName,
     device: Annotated[str | None, typer.Option(help="Overrides the study's device on this host.")] = None,
-    timeout: Annotated[float | None, typer.Option(help="Seconds after which no new trial is claimed.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="The data set's YAML, where it lies elsewhere on this host.")
+    ] = None,
+    timeout: Annotated[
+        float | None, typer.Option(help="Seconds after which no new trial is claimed; default the study's.")
+    ] = None,
     lease: Annotated[float, typer.Option(min=1, help="Seconds after which a silent worker loses its trials.")] = (
         DEFAULT_LEASE_SECONDS
     ),
@@ -206,7 +218,7 @@ def worker(
             help="Checkpoints, where all workers of the study see them; default the runs folder.",
         ),
     ] = None,
-    hang: Annotated[float, typer.Option(min=1, help="Seconds after which a silent trainer is killed.")] = 900.0,
+    hang: Hang = HANG_SECONDS,
     stop_seconds: Annotated[float, typer.Option(min=0, help="Seconds to end in when asked to by a signal.")] = 10.0,
     worker_id: Annotated[str | None, typer.Option(help="Unique name; default host, process and a random part.")] = None,
     parent: Annotated[int | None, typer.Option(hidden=True)] = None,
@@ -227,6 +239,7 @@ def worker(
         runs_dir=runs,
         worker_id=worker_id or f"{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:6]}",
         device=device,
+        data=data,
         parent=parent,
         timeout=timeout,
         lease_seconds=lease,
@@ -234,8 +247,10 @@ def worker(
         hang_seconds=hang,
         stop_seconds=stop_seconds,
     )
-    ended = run_worker(options)
-    out.print(f"{ended} trials ended here")
+    outcome = run_worker(options)
+    out.print(f"{outcome.ended} trials ended here")
+    if outcome.interrupted:
+        raise typer.Exit(EXIT_INTERRUPTED)
 
 
 @app.command()

@@ -33,7 +33,7 @@ from search.errors import DatabaseError, SearchError, UserInputError
 logger = logging.getLogger(__name__)
 
 TRACKING_URI_VARIABLE = "MLFLOW_TRACKING_URI"
-SECRET_VARIABLES = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
+SECRET_VARIABLES = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "PGPASSWORD")
 STUDY_TAG = "yolosearch.study"
 TICKET_TAG = "yolosearch.ticket"
 KIND_TAG = "yolosearch.kind"

@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+# Two test processes share the cores, and tiny tensors gain nothing from threads. Before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 @pytest.fixture(scope="session")
 def fixtures_dir() -> Path:

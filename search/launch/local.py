@@ -37,6 +37,7 @@ class LocalPlan:
         devices: Dealt out to the workers in turn; empty leaves the choice to the study's configuration.
         stop_seconds: How long a worker may take to hand its tickets back before it is killed.
         timeout: Seconds after which workers claim nothing new.
+        hang_seconds: Seconds after which a silent trainer is killed.
     """
 
     storage_url: str
@@ -45,6 +46,7 @@ class LocalPlan:
     devices: Sequence[str] = ()
     stop_seconds: float = 20.0
     timeout: float | None = None
+    hang_seconds: float = 900.0
 
 
 @dataclass(slots=True)
@@ -210,6 +212,7 @@ class LocalLauncher:
         command = [sys.executable, "-m", "search", "worker", self.plan.folder.study]
         command += ["--runs-dir", str(self.plan.folder.runs_dir), "--worker-id", child.worker_id]
         command += ["--parent", str(os.getpid()), "--stop-seconds", str(self.plan.stop_seconds)]
+        command += ["--hang", str(self.plan.hang_seconds)]
         if child.device is not None:
             command += ["--device", child.device]
         if self.plan.timeout is not None:

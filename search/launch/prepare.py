@@ -19,6 +19,11 @@ from search.study import AskedTrial, check_sampler, create_study, open_storage
 from search.worker.session import data_yaml, study_tracker, versions
 from yolocore.data.dataset import DatasetConfig, Split, fingerprint, load_dataset_config, scan_split
 from yolocore.device import resolve_device, resolve_precision
+from yolocore.training.optim import NOMINAL_BATCH_SIZE, Clock, Schedule
+
+STEPS_FROM_SCRATCH = 500
+STEPS_FROM_WEIGHTS = 100
+"""Optimiser steps below which a trial has hardly left its start. Measured on small data sets; a rule of thumb."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,10 +130,37 @@ def _notices(config: StudyConfig, dataset: DatasetConfig, splits: dict[str, Spli
     missing = [name for index, name in enumerate(dataset.names) if not counts[index]]
     if missing:
         yield f"data: no training labels of {', '.join(missing)}"
-    if config.train.epochs * (len(splits["train"].images) / config.train.batch_size) < 200:
-        yield "train.epochs: fewer than 200 iterations a trial; YOLOv5's warm-up alone takes 100"
+    yield from _step_notices(config, len(splits["train"].images))
     for split in splits.values():
         yield from split.problems[:5]
+
+
+def _step_notices(config: StudyConfig, images: int) -> Iterator[str]:
+    """Says when trials are too short to learn anything, so that the study would rank noise."""
+    enough = STEPS_FROM_SCRATCH if config.train.weights is None else STEPS_FROM_WEIGHTS
+    if config.train.optimizer != "SGD" or config.train.epochs * images > enough * NOMINAL_BATCH_SIZE:
+        return
+    steps = _optimiser_steps(config, images)
+    if steps < enough:
+        start = "from scratch" if config.train.weights is None else "from weights"
+        yield (
+            f"train.epochs: a trial makes {steps} optimiser steps (after warm-up YOLOv5 gathers {NOMINAL_BATCH_SIZE} "
+            f"images into each); {start} that is little, so look at the base's curve before you believe a ranking"
+        )
+
+
+def _optimiser_steps(config: StudyConfig, images: int) -> int:
+    train = config.train
+    schedule = Schedule(
+        hyperparameters=config.base_hyperparameters(),
+        epochs=train.epochs,
+        batches_per_epoch=-(-images // min(train.batch_size, images)),
+        batch_size=train.batch_size,
+    )
+    clock = Clock()
+    for iteration in range(train.epochs * schedule.batches_per_epoch):
+        clock, _ = clock.advance(schedule.at(iteration).accumulate)
+    return clock.updates
 
 
 def create_or_resume(plan: StudyPlan, more_trials: int = 0) -> bool:

@@ -6,6 +6,9 @@ from search.database import database_errors, make_engine, mask_url, schema_owner
 from search.errors import UnknownStudyError
 from search.ledger import Ledger
 
+OUTAGE_SECONDS = 600.0
+"""How long those who work on a study wait for its database before they give up; training goes on meanwhile."""
+
 
 def open_existing(storage_url: str, study: str, patience: float = 60.0) -> Ledger:
     """The ledger of a database that holds studies.

@@ -89,3 +89,6 @@ class PackCrashed:
     reason: str
     fixable: bool
     """Whether it is the user's to mend (data, weights, device), so that no trial is to blame."""
+    out_of_memory: bool = False
+    started: bool = True
+    """False if it happened while the trials' states were put together."""

@@ -37,7 +37,13 @@ Action = Callable[[Ticket, EpochReport], None]
 
 
 class PackCrashedError(SearchError):
-    """An exception in the trainer ended the pack; the trainer lives."""
+    """An exception in the trainer ended the pack."""
+
+    def __init__(self, message: PackCrashed) -> None:
+        """Keeps what the trainer said."""
+        super().__init__(message.reason)
+        self.out_of_memory = message.out_of_memory
+        self.started = message.started
 
 
 class PackRun:
@@ -45,7 +51,6 @@ class PackRun:
 
     Attributes:
         alive: Tickets that are in the pack and not ended, by id.
-        moved: Whether the pack ever trained a batch.
     """
 
     def __init__(
@@ -65,7 +70,6 @@ class PackRun:
         self._trainer = trainer
         self._checkpoints = store
         self.alive = {ticket.id: ticket for ticket in tickets}
-        self.moved = False
 
     def train(self) -> None:
         """Trains all trials to their ends.
@@ -86,11 +90,8 @@ class PackRun:
                     self._trainer.send(Verdict(over))
                 case Secured():
                     self._note_progress(message)
-                case PackCrashed(reason, True):
-                    raise UserInputError(reason)
-                case PackCrashed(reason, False):
-                    raise PackCrashedError(reason)
-            self.moved = self.moved or not isinstance(message, PackStarted)
+                case PackCrashed():
+                    raise UserInputError(message.reason) if message.fixable else PackCrashedError(message)
 
     def fail(self, ticket: Ticket, reason: str) -> None:
         """Ends a trial as FAIL."""

@@ -22,7 +22,7 @@ from search.paths import StudyFolder
 from search.study import load_study, open_storage
 from search.tracking import Tracker, open_tracker
 from search.worker.context import HANG_SECONDS, WorkerContext
-from search.worker.existing import open_existing
+from search.worker.existing import OUTAGE_SECONDS, open_existing
 from search.worker.host import process_identity
 from search.worker.lease import DEFAULT_LEASE_SECONDS
 from search.worker.mirror import Mirror, MirrorContext
@@ -32,9 +32,6 @@ from yolocore.data.dataset import fingerprint, load_dataset_config
 from yolocore.device import resolve_device, resolve_precision
 
 logger = logging.getLogger(__name__)
-
-OUTAGE_SECONDS = 600.0
-"""How long a worker waits for its database before it gives up; its trainer goes on meanwhile."""
 
 VERSIONED = ("yolosearch", "torch", "torchvision", "optuna", "mlflow", "numpy")
 
@@ -49,8 +46,9 @@ class WorkerOptions:
         runs_dir: Folder for checkpoints, weights and, by default, MLflow's files.
         worker_id: Name of this worker, unique over all hosts.
         device: Overrides the study's device on this host.
+        data: The data set's YAML on this host, where it lies elsewhere; the fingerprint has to be the study's.
         parent: Process id of the launcher; the worker hands its tickets back when that process is gone.
-        timeout: Seconds after which nothing new is claimed.
+        timeout: Seconds after which nothing new is claimed; None takes the study's.
         checkpoints: Folder or fsspec URL that all workers of the study see; by default below `runs_dir`.
         hang_seconds: A trainer that says nothing for so long is killed.
         stop_seconds: A worker that was asked to end does so within this time, whatever is away; None waits.
@@ -62,12 +60,23 @@ class WorkerOptions:
     runs_dir: Path
     worker_id: str
     device: str | None = None
+    data: Path | None = None
     parent: int | None = None
     timeout: float | None = None
     lease_seconds: float = DEFAULT_LEASE_SECONDS
     checkpoints: str | None = None
     hang_seconds: float = HANG_SECONDS
     stop_seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerOutcome:
+    """How a worker's work ended."""
+
+    ended: int
+    """Trials that ended here."""
+    interrupted: bool
+    """Whether it was asked to end before the budget was spent."""
 
 
 def versions() -> dict[str, str]:
@@ -81,11 +90,8 @@ def data_yaml(config: StudyConfig, runs_dir: Path) -> Path:
     return path if config.builtin_data is None else write_digits(path.parent)
 
 
-def run_worker(options: WorkerOptions) -> int:
+def run_worker(options: WorkerOptions) -> WorkerOutcome:
     """Works on a study until its budget is spent or a signal arrives.
-
-    Returns:
-        Number of trials that ended here.
 
     Raises:
         UserInputError: No such study, or other data than the study was created with.
@@ -104,13 +110,14 @@ def run_worker(options: WorkerOptions) -> int:
         _mirror(options, context, record) as mirror,
     ):
         try:
-            return Worker(context, mirror, stop).run()
+            ended = Worker(context, mirror, stop).run()
+            return WorkerOutcome(ended=ended, interrupted=stop.is_set)
         finally:
             ledger.retire_worker(options.worker_id)
 
 
 def _open(options: WorkerOptions, ledger: Ledger, record: StudyRecord, config: StudyConfig) -> WorkerContext:
-    data = data_yaml(config, options.runs_dir)
+    data = options.data or data_yaml(config, options.runs_dir)
     dataset = load_dataset_config(data)
     found = fingerprint(dataset)
     if found != record.fingerprint:
@@ -121,6 +128,7 @@ def _open(options: WorkerOptions, ledger: Ledger, record: StudyRecord, config: S
     train = config.train_config(data)
     device = resolve_device(options.device or train.device)
     train = replace(train, device=str(device), precision=resolve_precision(train.precision, device))
+    timeout = config.timeout if options.timeout is None else options.timeout
     return WorkerContext(
         config=config,
         train=train,
@@ -133,7 +141,7 @@ def _open(options: WorkerOptions, ledger: Ledger, record: StudyRecord, config: S
         checkpoints=options.checkpoints or str(options.runs_dir),
         owner=record.owner,
         hang_seconds=options.hang_seconds,
-        deadline=None if options.timeout is None else time.time() + options.timeout,
+        deadline=None if timeout is None else time.time() + timeout,
     )
 
 

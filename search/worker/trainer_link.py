@@ -70,7 +70,10 @@ class TrainerLink:
         raise TrainerDiedError(f"the trainer made no progress for {self._hang_seconds:g} s and was killed")
 
     def close(self) -> None:
-        """Ends the trainer."""
+        """Lets the trainer end by itself, which it does at its next word, and kills it if it does not."""
+        if self._process is not None:
+            self._connection.close()
+            self._process.join(JOIN_SECONDS)
         self.kill()
 
     def kill(self) -> None:

@@ -1,24 +1,27 @@
 """The trainer: a process of its own that trains packs and knows neither database nor MLflow.
 
 It may segfault, run out of memory or hang without taking the supervisor along, and a supervisor that waits for its
-database does not stop the training. It ends when its supervisor does: the pipe breaks, and on Linux the kernel sends
-SIGKILL.
+database does not stop the training. It ends when its supervisor closes the pipe, or dies.
 """
 
 from __future__ import annotations
 
-import ctypes
+import gc
 import logging
 import math
+import multiprocessing
 import os
 import signal
-import sys
+import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
+
+import torch
 
 from search.checkpoints import CheckpointStore, LoadedCheckpoint
 from search.config import objective_value
@@ -45,7 +48,6 @@ ALIVE_SECONDS = 1.0
 VERDICT_SECONDS = 5.0
 """How long training pauses at an epoch boundary for the verdict. Longer than a healthy database takes, and short enough
 that an outage costs little."""
-PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,21 +71,24 @@ class TrainerSettings:
 def main(connection: Connection, settings: TrainerSettings) -> None:
     """Entry point of the process: trains one pack after another until the pipe is closed."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    _end_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Signals to the whole process group are the supervisor's to answer: it ends this process once all is handed back.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_supervisor, name="supervisor-watch", daemon=True).start()
+    trainer = _Trainer(connection, settings)
     try:
-        _Trainer(connection, settings).serve()
+        trainer.serve()
     except (EOFError, BrokenPipeError, ConnectionResetError):
-        # The supervisor is gone: what is on disk is secured, the rest is trained again.
-        sys.exit(0)
+        # The supervisor closed the pipe: what is on disk is secured, the rest is trained again.
+        trainer.close()
 
 
-def _end_with_parent() -> None:
-    parent = os.getppid()
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        sys.exit(0)
+def _end_with_supervisor() -> None:
+    """A supervisor that was killed cannot close its trainer, which would keep the device from its successor."""
+    supervisor = multiprocessing.parent_process()
+    if supervisor is not None:
+        supervisor.join()
+    os._exit(1)
 
 
 class _Trainer:
@@ -96,9 +101,17 @@ class _Trainer:
         self._data: TrainingData | None = None
         self._trials: dict[str, TrialStart] = {}
         self._best: dict[str, float] = {}
+        self._started = False
         self._alive_at = 0.0
         self._owed = 0
         """Verdicts that are still to come."""
+
+    def close(self) -> None:
+        """Stops loader processes and lets go of the decoded images, whose file goes with the last reference."""
+        if self._data is not None:
+            self._data.close()
+            self._data = None
+        gc.collect()
 
     def serve(self) -> None:
         """Trains until the supervisor closes the pipe."""
@@ -116,18 +129,22 @@ class _Trainer:
             return PackCrashed(str(error), fixable=True)
         except Exception as error:
             logger.exception("a pack of %d trials crashed", len(pack.trials))
-            if self._data is not None:
-                # The pack may have died of its loader processes; new ones start by themselves.
-                self._data.close()
-            return PackCrashed(f"{type(error).__name__}: {error}", fixable=False)
+            reason = f"{type(error).__name__}: {error}"
+            return PackCrashed(reason, False, out_of_memory=_is_out_of_memory(error), started=self._started)
         return PackEnded()
 
     def _train(self, trials: Sequence[TrialStart]) -> None:
         self._trials = {trial.key: trial for trial in trials}
         self._best = {trial.key: trial.best_value for trial in trials if trial.best_value is not None}
         self._owed = 0
-        data = self._training_data(trials[0])
-        trainer = PackTrainer(self._settings.train, self._starts(trials), data=data, on_batch=self._on_batch)
+        self._started = False
+        with self._pulse():
+            data = self._training_data(trials[0])
+        starts = self._starts(trials)
+        trainer = PackTrainer(
+            self._settings.train, starts, on_batch=self._on_batch, on_evaluation_batch=self._tell_alive, data=data
+        )
+        self._started = True
         while not trainer.finished:
             reports = trainer.run_epoch()
             self._keep_weights(trainer, reports)
@@ -141,7 +158,8 @@ class _Trainer:
     def _starts(self, trials: Sequence[TrialStart]) -> list[SlotStart]:
         """Loads checkpoints; the largest group that stands at one epoch starts, the others are left out."""
         notes: list[str] = []
-        found = {trial.key: self._load(trial, notes) for trial in trials}
+        with self._pulse():
+            found = {trial.key: self._load(trial, notes) for trial in trials}
         epochs = {key: 0 if state is None else state.epochs_done for key, state in found.items()}
         together = Counter(epochs.values()).most_common(1)[0][0]
         chosen = [trial for trial in trials if epochs[trial.key] == together]
@@ -191,7 +209,7 @@ class _Trainer:
             return report.epoch + 1 >= self._settings.train.epochs
         assert report.metrics is not None
         value = objective_value(self._settings.objective, report.metrics.to_mapping(), self._settings.class_names)
-        if not value > self._best.get(report.key, -math.inf):
+        if value < self._best.get(report.key, -math.inf):
             return False
         self._best[report.key] = value
         return True
@@ -199,20 +217,48 @@ class _Trainer:
     def _secure(self, trainer: PackTrainer) -> None:
         """Puts every slot that goes on on disk."""
         saved: dict[str, tuple[int, str]] = {}
-        for key in trainer.active:
-            trial = self._trials[key]
-            name = self._store.save(trial.number, trial.attempt, trainer.epoch, trainer.slot_state(key))
-            saved[key] = (trainer.epoch, name)
+        with self._pulse():
+            for key in trainer.active:
+                trial = self._trials[key]
+                name = self._store.save(trial.number, trial.attempt, trainer.epoch, trainer.slot_state(key))
+                saved[key] = (trainer.epoch, name)
         self._send(Secured(saved))
 
     def _on_batch(self, _done: int, _total: int) -> None:
+        self._tell_alive()
+
+    def _tell_alive(self) -> None:
         now = time.monotonic()
-        if now - self._alive_at >= ALIVE_SECONDS:
+        # A supervisor that owes a verdict waits for its database and reads nothing: the pipe must not fill up.
+        if now - self._alive_at >= ALIVE_SECONDS and not self._owed:
             self._alive_at = now
             self._send(Alive())
 
+    @contextmanager
+    def _pulse(self) -> Iterator[None]:
+        """Says that it is alive while one long call runs that cannot say so itself; nothing else may be sent inside."""
+        over = threading.Event()
+
+        def beat() -> None:
+            while not over.wait(ALIVE_SECONDS):
+                with suppress(OSError):
+                    self._tell_alive()
+
+        thread = threading.Thread(target=beat, name="pulse", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
     def _send(self, message: object) -> None:
         self._connection.send(message)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Also on the CPU, where torch raises a plain RuntimeError."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _tree(found: LoadedCheckpoint | None) -> Mapping[str, Any] | None:

@@ -33,6 +33,7 @@ class Worker:
         self._ledger = context.ledger
         self._mirror = mirror
         self._stop = stop
+        self._limit = pack_limit(context.config)
         self._leases = LeaseKeeper(context.ledger, context.worker_id, context.lease_seconds)
         settings = context.trainer_settings()
         self._store = settings.open_checkpoints()
@@ -79,8 +80,8 @@ class Worker:
             self._trainer.start()
         if self._stop.is_set:
             return ()
-        limit = pack_limit(self._config)
-        tickets = self._ledger.claim(self._config.name, self._context.worker_id, limit, self._context.lease_seconds)
+        context = self._context
+        tickets = self._ledger.claim(self._config.name, context.worker_id, self._limit, context.lease_seconds)
         self._leases.hold(ticket.id for ticket in tickets)
         return tickets
 
@@ -141,30 +142,45 @@ class Worker:
             run.train()
             return
         except (TrainerDiedError, PackCrashedError) as error:
+            # A signal to the whole process group ends the trainer as well, and is nobody's fault.
+            self._check_stop()
             logger.warning("a pack of %d trials crashed: %s", len(tickets), error)
             crash = error
-        alive = [ticket for ticket in run.alive.values() if self._is_ours(ticket)]
+        # An exception may leave a device, or its memory, in a state that fails every later pack.
+        self._trainer.close()
+        alive = list(run.alive.values())
         if len(tickets) > 1:
-            for ticket in alive:
-                self._train([self._ledger.ticket(ticket.id)])
-        elif alive:
-            self._blame(run, alive[0], crash)
+            for part in self._parts(alive, crash):
+                current = [now for ticket in part if (now := self._ours(ticket)) is not None]
+                if current:
+                    self._train(current)
+        elif alive and (ours := self._ours(alive[0])) is not None:
+            self._blame(run, ours, crash)
+
+    def _parts(self, tickets: list[Ticket], crash: Exception) -> list[list[Ticket]]:
+        """How a crashed pack is tried again: in halves if it was too large, from now on, and else one by one."""
+        if isinstance(crash, PackCrashedError) and crash.out_of_memory and len(tickets) > 1:
+            self._limit = half = max(1, len(tickets) // 2)
+            logger.warning("out of memory: this worker's packs have at most %d trials from now on", half)
+            return [tickets[start : start + half] for start in range(0, len(tickets), half)]
+        return [[ticket] for ticket in tickets]
 
     def _blame(self, run: PackRun, ticket: Ticket, crash: Exception) -> None:
         """One trial crashed alone. A process that dies may do so by chance, what raises does it again."""
-        if ticket.epochs_done > 0 and not run.moved:
-            logger.warning("trial %s starts over with its seed: its checkpoint is unusable", ticket.trial_number)
-            self._train([self._ledger.save_progress(ticket, 0, None)])
-        elif isinstance(crash, TrainerDiedError):
+        if isinstance(crash, TrainerDiedError):
             self._ledger.abandon(ticket, str(crash))
             self._mirror.notify(ticket.id)
+        elif isinstance(crash, PackCrashedError) and not crash.started and ticket.epochs_done > 0:
+            logger.warning("trial %s starts over with its seed: its checkpoint is unusable", ticket.trial_number)
+            self._train([self._ledger.save_progress(ticket, 0, None)])
         else:
             run.fail(ticket, str(crash))
 
-    def _is_ours(self, ticket: Ticket) -> bool:
-        """Whether the attempt still is this worker's: what the ledger has now may be another's."""
+    def _ours(self, ticket: Ticket) -> Ticket | None:
+        """The ticket as it stands now, if the attempt still is this worker's: it may have gone to another."""
         now = self._ledger.ticket(ticket.id)
-        return now.state is TicketState.RUNNING and now.attempt == ticket.attempt
+        held = now.state is TicketState.RUNNING and now.attempt == ticket.attempt
+        return now if held and now.worker == self._context.worker_id else None
 
     def _check_stop(self) -> None:
         if self._stop.is_set:

@@ -101,7 +101,7 @@ class TinyStudy:
         own = WorkerOptions(
             storage_url=self.storage_url, study=NAME, runs_dir=self.runs, worker_id=worker_id, **options
         )
-        return run_worker(own)
+        return run_worker(own).ended
 
     def start(self, command: str, *options: str) -> subprocess.Popen[str]:
         """`yolosearch COMMAND` as a process of its own."""

@@ -85,7 +85,7 @@ def as_perspective(draws: Any) -> PerspectiveDraw:
 
 
 def as_sample(log: list[Any], settings: AugmentSettings, rect: bool) -> SampleDraw:
-    """The reference's log of random calls, read in the order of spec 6.5."""
+    """The reference's log of random calls, read in the order in which YOLOv5 draws it."""
     values = iter(result for _, _, result in log)
 
     def perspective() -> PerspectiveDraw:

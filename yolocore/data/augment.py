@@ -1,4 +1,4 @@
-"""Geometry and augmentation of training samples (spec 6.3 to 6.5), on NumPy arrays and without state.
+"""Geometry and augmentation of training samples, on NumPy arrays and without state.
 
 Drawing is separate from applying: a `draw_*` function takes a `numpy.random.Generator` and gives plain frozen data, and
 the other functions are deterministic in it. A sample is therefore a function of its draw, and draws that another
@@ -121,7 +121,7 @@ class SampleDraw:
 
 
 def draw_perspective(settings: AugmentSettings, rng: np.random.Generator) -> PerspectiveDraw:
-    """Draw a random perspective in the order of spec 6.5.5.
+    """Draw a random perspective in the order in which YOLOv5 draws it.
 
     Args:
         settings: Ranges.
@@ -185,7 +185,7 @@ def draw_sample(
     image_size: int,
     rng: np.random.Generator,
 ) -> SampleDraw:
-    """Draw everything random about one training sample, in the order of spec 6.5.
+    """Draw everything random about one training sample, in the order in which YOLOv5 draws it.
 
     Args:
         settings: Probabilities and ranges.
@@ -242,7 +242,7 @@ def plan_letterbox(
     scale_up: bool = True,
     stride: int | None = None,
 ) -> LetterboxPlan:
-    """Fit an image into a rectangle, keeping its aspect ratio (spec 6.3).
+    """Fit an image into a rectangle, keeping its aspect ratio.
 
     Args:
         size: (height, width) of the image in pixels.
@@ -349,7 +349,7 @@ def to_corners(
 
 
 def to_fractions(boxes: Float32Array, size: tuple[int, int]) -> Float32Array:
-    """Pixel corners to fractions, clipped to the image less a thousandth of a pixel (spec 6.5.6).
+    """Pixel corners to fractions, clipped to the image less a thousandth of a pixel.
 
     Args:
         boxes: [n, 5] class, x1, y1, x2, y2 in pixels.
@@ -394,7 +394,7 @@ def polygons_to_pixels(
 
 
 def perspective_matrix(draw: PerspectiveDraw, size_in: tuple[int, int], size_out: tuple[int, int]) -> Float64Array:
-    """The map from input to output pixels, ``M = T Sh R P C`` (spec 6.5.5).
+    """The map from input to output pixels, ``M = T Sh R P C``.
 
     Args:
         draw: What was drawn.
@@ -535,7 +535,7 @@ def box_candidates(
     largest_ratio: float = 100.0,
     smallest_area: float = 0.1,
 ) -> BoolArray:
-    """Which boxes are still worth learning after a warp (spec 6.5.5).
+    """Which boxes are still worth learning after a warp.
 
     Args:
         before: [n, 4] corners before, multiplied by the drawn scale.
@@ -638,7 +638,7 @@ def paste_mirrored(
     polygons: Polygons,
     chosen: Sequence[int],
 ) -> tuple[UInt8Array, Float32Array, Polygons]:
-    """Copy-paste: paste objects into the mirrored place where they hide less than 30 % of every other (spec 6.5).
+    """Copy-paste: paste objects into the mirrored place where they hide less than 30 % of every other.
 
     Args:
         image: uint8 [h, w, 3].
@@ -773,7 +773,7 @@ def training_sample(
     settings: AugmentSettings,
     size: tuple[int, int],
 ) -> tuple[UInt8Array, Float32Array]:
-    """Make one training sample (spec 6.5).
+    """Make one training sample.
 
     Args:
         load: Gives an image, resized to the longer side of the sample, by its index.

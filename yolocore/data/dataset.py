@@ -353,7 +353,7 @@ def parse_labels(
     file: Path | str,
     num_classes: int,
 ) -> tuple[Float32Array, tuple[Float32Array, ...], int]:
-    """Read the text of a label file by YOLOv5's rules (spec 6.2).
+    """Read the text of a label file by YOLOv5's rules.
 
     Each line is ``class x y w h``. If any line has more than six values the whole file is polygons: class, then x, y
     pairs, and the box is the smallest around the points. Empty lines are skipped. Duplicate rows are removed, and only

@@ -22,7 +22,7 @@ UInt8Array = NDArray[np.uint8]
 def label_path(image: Path | str) -> Path:
     """Where the label file of an image lies.
 
-    The last ``/images/`` becomes ``/labels/`` and everything behind the last dot becomes ``txt`` (spec 6.1).
+    The last ``/images/`` becomes ``/labels/`` and everything behind the last dot becomes ``txt``.
 
     Args:
         image: Path of the image with forward slashes.

@@ -316,7 +316,7 @@ def plan_rect_batches(
     stride: int = VALIDATION_STRIDE,
     pad: float = VALIDATION_PAD,
 ) -> tuple[RectBatch, ...]:
-    """Group images by aspect ratio and give each group the smallest fitting input (spec 6.4).
+    """Group images by aspect ratio and give each group the smallest fitting input.
 
     Args:
         sizes: Native (height, width) per image.
@@ -556,7 +556,7 @@ class TrainLoader:
 
 
 class ValLoader:
-    """The rectangular validation batches of a split (spec 6.4): no augmentation, no shuffling, no upscaling."""
+    """The rectangular validation batches of a split: no augmentation, no shuffling, no upscaling."""
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 All K slots are stepped together in a few operations on flat `[K, N]` tensors: one row per slot, the columns ordered by
 parameter group, so that a group is a range of columns and a slot's learning rate is a `[K, 1]` factor. What the host
 knows in advance (learning rates, momenta, who steps when) is a table made once per epoch; what only the device knows
-(norms, overflow) stays there. Numbers: sections 2 and 5 of the YOLOv5 description.
+(norms, overflow) stays there. Which numbers: docs/fidelity.md.
 """
 
 import math

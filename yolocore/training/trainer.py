@@ -1,7 +1,7 @@
 """Training as the rest of the house sees it: starts in, one report per slot and epoch out."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from yolocore.checkpoint import load_weights, transfer
 from yolocore.data.augment import AugmentSettings
 from yolocore.data.dataset import load_dataset_config, scan_split
-from yolocore.data.loader import TrainLoader, ValLoader
+from yolocore.data.loader import Batch, TrainLoader, ValLoader
 from yolocore.device import resolve_device, resolve_precision
 from yolocore.errors import TrainingError, WeightsError
 from yolocore.evaluate import evaluate
@@ -125,6 +125,7 @@ class PackTrainer:
         config: What all slots share.
         starts: At least one; all at the same epoch, and equal in every hyperparameter that a pack shares.
         on_batch: Called after each batch with (batches done, batches of the epoch).
+        on_evaluation_batch: Called before each batch of a validation.
         data: Loaders to reuse; read from `config.data` if None.
 
     Raises:
@@ -138,12 +139,14 @@ class PackTrainer:
         starts: Sequence[SlotStart],
         *,
         on_batch: Callable[[int, int], None] | None = None,
+        on_evaluation_batch: Callable[[], None] | None = None,
         data: TrainingData | None = None,
     ) -> None:
         self.config = config
         self.device = resolve_device(config.device)
         self.precision = resolve_precision(config.precision, self.device)
         self._on_batch = on_batch
+        self._on_evaluation_batch = on_evaluation_batch
         check_compatible([start.key for start in starts], [start.hyperparameters for start in starts])
         self.data = data or TrainingData.load(config, starts[0].hyperparameters)
         self._stream = self.data.stream(config, starts[0].hyperparameters)
@@ -231,9 +234,20 @@ class PackTrainer:
             return {}
         threshold = pack.hyperparameters[0].anchor_t
         results = evaluate(
-            pack.evaluation_model(), self.data.validation, pack.loss_weights, threshold, self.device, self.precision
+            pack.evaluation_model(),
+            self._watched(self.data.validation),
+            pack.loss_weights,
+            threshold,
+            self.device,
+            self.precision,
         )
         return dict(zip(pack.keys, results, strict=True))
+
+    def _watched(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            if self._on_evaluation_batch:
+                self._on_evaluation_batch()
+            yield batch
 
     def drop(self, keys: Sequence[str]) -> None:
         """Take slots out of the pack; the others do not notice. Between epochs only.
