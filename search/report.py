@@ -182,7 +182,7 @@ def studies_table(rows: Sequence[StudyRow]) -> Table:
 
 def comparison_table(status: StudyStatus, base: Mapping[str, float], best: Mapping[str, float]) -> Table:
     """Base against best: the objective and every hyp key in which they differ or that was searched."""
-    table = _table(f"base against best of {status.study}", "", "base", "best")
+    table = _table("base against best", "", "base", "best")
     if status.base is not None and status.best is not None:
         table.add_row("trial", str(status.base.number), str(status.best.number))
         table.add_row("objective", _value(status.base.value), _value(status.best.value))

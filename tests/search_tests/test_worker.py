@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from optuna.trial import TrialState
-from tiny import NAME, SignalWhen, TinyStudy, make_study
+from tiny import NAME, SignalWhen, TinyStudy, make_study, wait_for
 
 from search.checkpoints import CheckpointStore
 from search.database import make_engine
@@ -26,6 +26,7 @@ from search.worker.lease import LeaseKeeper
 from search.worker.mirror import Mirror, MirrorContext
 from search.worker.session import WorkerOptions, run_worker
 from search.worker.stop import StopFlag
+from search.worker.trainer_process import _is_out_of_memory
 from yolocore.checkpoint import load_weights, save_weights
 from yolocore.hyperparameters import Hyperparameters
 from yolocore.model import initial_state
@@ -493,6 +494,68 @@ def test_run_worker_trial_that_always_kills_its_trainer_fails_with_all_reasons(m
     assert ticket.state is FAIL
     assert (ticket.reason or "").count("SIGKILL") == 3
     assert [trial.state for trial in study.optuna_trials()] == [TrialState.FAIL]
+
+
+def is_gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def test_worker_killed_takes_its_trainer_along(make: Callable[..., TinyStudy]) -> None:
+    study = make(trials=2, train={"epochs": 60})
+    study.create()
+    process = study.start("worker")
+    wait_for(lambda: all(ticket.epochs_done >= 1 for ticket in study.tickets()), process)
+    below = descendants(process.pid)
+
+    process.kill()
+    process.wait()
+
+    deadline = time.monotonic() + 30
+    while not all(is_gone(pid) for pid in below):
+        assert time.monotonic() < deadline, f"still there: {[pid for pid in below if not is_gone(pid)]}"
+        time.sleep(0.1)
+
+
+def test_worker_asked_to_end_exits_with_130_and_hands_back(make: Callable[..., TinyStudy]) -> None:
+    study = make(trials=2, train={"epochs": 60})
+    study.create()
+    process = study.start("worker")
+    wait_for(lambda: all(ticket.epochs_done >= 1 for ticket in study.tickets()), process)
+
+    # To the whole group, as a scheduler does: the trainer gets it too.
+    os.killpg(process.pid, signal.SIGTERM)
+
+    assert process.wait(60) == 130
+    assert study.states() == [WAITING] * 2
+    assert [(ticket.stalled_attempts, ticket.history) for ticket in study.tickets()] == [(0, ())] * 2
+
+
+def test_worker_asked_to_end_with_loader_processes_leaves_no_image_file(
+    make: Callable[..., TinyStudy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = make(trials=1, train={"workers": 1})
+    study.create()
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setenv("TMPDIR", str(scratch))
+    process = study.start("worker")
+
+    assert process.wait(180) == 0
+    assert study.states() == [COMPLETE]
+    assert list(scratch.glob("yolosearch-images-*")) == []
+
+
+def test_is_out_of_memory_of_a_real_failure_is_told_from_others() -> None:
+    with pytest.raises(RuntimeError) as too_much:
+        torch.empty(2**50)
+    with pytest.raises(RuntimeError) as other:
+        torch.ones(2) @ torch.ones(3)
+
+    assert _is_out_of_memory(too_much.value)
+    assert not _is_out_of_memory(other.value)
 
 
 # ---- what a worker refuses -------------------------------------------------------------------------------------------
