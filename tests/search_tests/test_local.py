@@ -76,6 +76,15 @@ def test_launcher_worker_that_refuses_its_data_is_not_restarted(study: TinyStudy
     assert str(launcher.log_paths[0]) in launcher.failures[0]
 
 
+def command_line(pid: int) -> list[str]:
+    """A process's words; for a moment after its start the kernel does not show them yet."""
+    deadline = time.monotonic() + 10
+    while not (text := Path(f"/proc/{pid}/cmdline").read_bytes()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return text.decode().split("\0")
+
+
 def test_launcher_passes_the_url_by_the_environment_and_devices_in_turn(study: TinyStudy) -> None:
     secret = replace(plan_of(study), storage_url="postgresql://me:secret@127.0.0.1:9/db", devices=("cpu", "cuda:7"))
     with LocalLauncher(replace(secret, workers=3), study.ledger) as launcher:
