@@ -88,7 +88,7 @@ def command_line(pid: int) -> list[str]:
 def test_launcher_passes_the_url_by_the_environment_and_devices_in_turn(study: TinyStudy) -> None:
     secret = replace(plan_of(study), storage_url="postgresql://me:secret@127.0.0.1:9/db", devices=("cpu", "cuda:7"))
     with LocalLauncher(replace(secret, workers=3), study.ledger) as launcher:
-        lines = [Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0") for pid in launcher.pids]
+        lines = [command_line(pid) for pid in launcher.pids]
 
     assert [line[line.index("--device") + 1] for line in lines] == ["cpu", "cuda:7", "cpu"]
     assert all(line[0] == sys.executable for line in lines)

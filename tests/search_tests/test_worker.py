@@ -6,6 +6,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -534,18 +535,18 @@ def test_worker_asked_to_end_exits_with_130_and_hands_back(make: Callable[..., T
 
 
 def test_worker_asked_to_end_with_loader_processes_leaves_no_image_file(
-    make: Callable[..., TinyStudy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make: Callable[..., TinyStudy], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study = make(trials=1, train={"workers": 1})
     study.create()
-    scratch = tmp_path / "scratch"
-    scratch.mkdir()
-    monkeypatch.setenv("TMPDIR", str(scratch))
-    process = study.start("worker")
+    # A short name: the sockets of Python's fork server lie in it, and their paths may have 107 characters.
+    with tempfile.TemporaryDirectory() as scratch:
+        monkeypatch.setenv("TMPDIR", scratch)
+        process = study.start("worker")
 
-    assert process.wait(180) == 0
-    assert study.states() == [COMPLETE]
-    assert list(scratch.glob("yolosearch-images-*")) == []
+        assert process.wait(180) == 0, process.communicate()[0]
+        assert study.states() == [COMPLETE]
+        assert list(Path(scratch).glob("yolosearch-images-*")) == []
 
 
 def test_is_out_of_memory_of_a_real_failure_is_told_from_others() -> None:
