@@ -45,7 +45,7 @@ from search.ledger import Ledger
 from search.paths import StudyFolder
 from search.report import StudyStatus, comparison_table, headline, live_view, study_status, trials_table
 from search.tracking import default_tracking_uri, open_tracker
-from search.worker.existing import OUTAGE_SECONDS, open_existing
+from search.worker.existing import HANG_SECONDS, OUTAGE_SECONDS, open_existing
 from search.worker.lease import DEFAULT_LEASE_SECONDS
 from yolocore.errors import InputError, YolocoreError
 
@@ -56,8 +56,6 @@ EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 REFRESH_SECONDS = 1.0
-
-HANG_SECONDS = 900.0
 
 Hang = Annotated[float, typer.Option(min=1, help="Seconds after which a silent trainer is killed.")]
 

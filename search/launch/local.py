@@ -18,6 +18,7 @@ from search.database import STORAGE_URL_VARIABLE
 from search.errors import DatabaseError
 from search.ledger import Ledger, TicketState
 from search.paths import StudyFolder
+from search.worker.existing import HANG_SECONDS
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ class LocalPlan:
     devices: Sequence[str] = ()
     stop_seconds: float = 20.0
     timeout: float | None = None
-    hang_seconds: float = 900.0
+    hang_seconds: float = HANG_SECONDS
 
 
 @dataclass(slots=True)

@@ -9,10 +9,9 @@ import optuna
 from search.config import StudyConfig
 from search.ledger import Ledger
 from search.paths import StudyFolder
+from search.worker.existing import HANG_SECONDS
 from search.worker.trainer_process import TrainerSettings
 from yolocore.training.config import TrainConfig
-
-HANG_SECONDS = 900.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,6 +10,10 @@ OUTAGE_SECONDS = 600.0
 """How long those who work on a study wait for its database before they give up; training goes on meanwhile."""
 
 
+HANG_SECONDS = 900.0
+"""A trainer that says nothing for so long is taken for hung and killed."""
+
+
 def open_existing(storage_url: str, study: str, patience: float = 60.0) -> Ledger:
     """The ledger of a database that holds studies.
 

@@ -21,8 +21,8 @@ from search.ledger import Ledger, StudyRecord
 from search.paths import StudyFolder
 from search.study import load_study, open_storage
 from search.tracking import Tracker, open_tracker
-from search.worker.context import HANG_SECONDS, WorkerContext
-from search.worker.existing import OUTAGE_SECONDS, open_existing
+from search.worker.context import WorkerContext
+from search.worker.existing import HANG_SECONDS, OUTAGE_SECONDS, open_existing
 from search.worker.host import process_identity
 from search.worker.lease import DEFAULT_LEASE_SECONDS
 from search.worker.mirror import Mirror, MirrorContext
