@@ -16,12 +16,15 @@ from typing import BinaryIO
 
 from search.database import STORAGE_URL_VARIABLE
 from search.errors import DatabaseError
-from search.launch.launcher import EXIT_BAD_INPUT, RestartPolicy, study_progress
 from search.ledger import Ledger, TicketState
 from search.paths import StudyFolder
 from search.worker.existing import HANG_SECONDS
 
 logger = logging.getLogger(__name__)
+
+MAX_RESTARTS_WITHOUT_PROGRESS = 5
+RESTART_DELAYS = (1.0, 2.0, 5.0, 10.0, 30.0)
+EXIT_BAD_INPUT = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +60,9 @@ class _Child:
     process: subprocess.Popen[bytes] | None = None
     code: int | None = None
     log: BinaryIO | None = None
-    restart: RestartPolicy = field(default_factory=RestartPolicy)
+    restarts: int = 0
+    progress: int = 0
+    retry_at: float = 0.0
     done: bool = False
 
     @property
@@ -131,14 +136,14 @@ class LocalLauncher:
 
     def _look_after(self, child: _Child) -> None:
         if child.process is None:
-            if child.restart.due:
+            if time.monotonic() >= child.retry_at:
                 self._start(child)
             return
         code = child.code = child.process.returncode
         # First all that needs the database: while that is away the child stays as it is, and is looked at again.
         self._release(child)
         is_over = code == 0 or self._is_stopped()
-        given_up = not is_over and (code == EXIT_BAD_INPUT or child.restart.gives_up(self._progress()))
+        given_up = not is_over and (code == EXIT_BAD_INPUT or self._gives_up(child))
         self._bury(child, timeout=1.0)
         if is_over:
             child.done = True
@@ -147,14 +152,19 @@ class LocalLauncher:
             self.bad_input |= code == EXIT_BAD_INPUT
             self.failures.append(f"worker {child.worker_id} ended with exit code {code}: {_last_line(child.log_path)}")
         else:
-            child.restart.postpone()
+            child.retry_at = time.monotonic() + RESTART_DELAYS[min(child.restarts, len(RESTART_DELAYS)) - 1]
 
     def _is_stopped(self) -> bool:
         """Whether the study gives out no more tickets: a new worker would end like the last one."""
         return self.ledger.study(self.plan.folder.study).stop_reason is not None
 
-    def _progress(self) -> int:
-        return study_progress(self.ledger, self.plan.folder.study)
+    def _gives_up(self, child: _Child) -> bool:
+        """Counts a restart; those since the study last moved on must stay few."""
+        tickets = self.ledger.tickets(self.plan.folder.study)
+        progress = sum(ticket.epochs_done + ticket.state.is_final for ticket in tickets)
+        child.restarts = child.restarts + 1 if progress == child.progress else 1
+        child.progress = progress
+        return child.restarts > MAX_RESTARTS_WITHOUT_PROGRESS
 
     def _release(self, child: _Child) -> None:
         """Frees what a process held that did not end well: nobody has to wait for the lease of a dead one."""
