@@ -134,6 +134,10 @@ class TrainSettings(Section):
     """Where decoded images are kept."""
     workers: Annotated[Whole, Field(ge=0)] = 0
     """Loader processes; 0 loads in the trainer itself."""
+    freeze: Annotated[Whole, Field(ge=0, le=24)] = 0
+    """Layers 0 to freeze - 1 keep their weights; 10 is the backbone, 24 everything but the detection head."""
+    freeze_bn: StrictBool = False
+    """Frozen layers also keep their BatchNorm statistics; YOLOv5 lets these move."""
     pack: Annotated[Whole, Field(ge=1, le=64)] = 4
     """Trials that train together on one device."""
 

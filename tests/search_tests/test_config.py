@@ -103,6 +103,7 @@ BROKEN = [
     ("epochs: 30", "image_size: 100", 4, "train.image_size", "got 100", "a multiple of 32"),
     ("epochs: 30", "model: yolov5n", 4, "train.model", 'got "yolov5n"', "one of n, s, m, l, x"),
     ("epochs: 30", "device: gpu", 4, "train.device", 'got "gpu"', "auto, cpu, cuda, cuda:N"),
+    ("epochs: 30", "freeze: 25", 4, "train.freeze", "got 25", ">= 0 and <= 24"),
     ("epochs: 30", "weights: no.pt", 4, "train.weights", "no.pt", "an existing .pt or .safetensors file"),
     ("epochs: 30", "eval_every: 101", 4, "train.eval_every", "got 101", "1 to train.epochs (100)"),
     ("name: blood", "name: ../up", 1, "name", 'got "../up"', "1 to 100 letters, digits"),
@@ -373,4 +374,4 @@ def test_train_config_carries_every_training_key(folder: Path) -> None:
     train = config.train_config(folder / "data.yaml")
 
     expected = {**config.train.model_dump(exclude={"pack"}), "data": folder / "data.yaml"}
-    assert dataclasses.asdict(train) == expected
+    assert {key: value for key, value in dataclasses.asdict(train).items() if key in expected} == expected

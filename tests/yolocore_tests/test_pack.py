@@ -321,6 +321,43 @@ def test_pack_autobalance_changes_the_balance_of_each_slot() -> None:
     assert float((pack.balance[0] - pack.balance[1]).abs().max()) > 1e-6
 
 
+FROZEN_NAMES = tuple(f"model.{layer}." for layer in range(10))
+
+
+@pytest.mark.parametrize("freeze_bn", [False, True])
+def test_pack_frozen_layers_keep_their_weights_and_equal_lone_runs(freeze_bn) -> None:
+    pack = make_pack(make_slots(HYPS[:2]), freeze=10, freeze_bn=freeze_bn)
+    before = pack.model.unstack(0)
+    curves = [result for _ in range(2) for result in train_epoch(pack)]
+    after, averages = pack.model.unstack(1), pack.slot_weights(1)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    frozen = {name for name in before if name.startswith(FROZEN_NAMES)}
+    statistics = {name for name in frozen if "running" in name or "num_batches" in name}
+    assert moved & frozen == (set() if freeze_bn else statistics)
+    assert {name for name in before if name.endswith(".weight")} - frozen <= moved
+    assert set(pack.optimizer.slot_state(0)["buffers"]["momentum"]).isdisjoint(frozen)
+    assert list(averages) == list(after)
+    lone = make_pack([make_slots(HYPS[:2])[1]], freeze=10, freeze_bn=freeze_bn)
+    alone = [result for _ in range(2) for result in train_epoch(lone)]
+    torch.testing.assert_close(curve(curves, 1), curve(alone, 0), rtol=0, atol=1e-9)
+    assert largest_gap(averages, lone.slot_weights(0)) < 1e-9
+
+
+def test_pack_frozen_layers_get_no_gradient() -> None:
+    pack = make_pack(make_slots(HYPS[:1]), freeze=10)
+    pack.begin_epoch()
+    torch.autograd.backward([pack._loss(*batches()[0]).total], [torch.ones(1, dtype=torch.float64)])
+    with_gradient = {name for name, tensor in pack.model.named_parameters() if tensor.grad is not None}
+    assert with_gradient == {name for name, _ in pack.model.named_parameters() if not name.startswith(FROZEN_NAMES)}
+
+
+def test_pack_with_frozen_layers_resumed_gives_the_identical_curve() -> None:
+    through = make_pack(make_slots(HYPS[:2]), freeze=10)
+    train_epoch(through)
+    resumed = make_pack(through.slots(), freeze=10)
+    assert torch.equal(curve(train_epoch(through), 1), curve(train_epoch(resumed), 1))
+
+
 def test_pack_evaluation_model_holds_the_moving_averages() -> None:
     pack = make_pack(make_slots(HYPS[:2], torch.float32))
     train_epoch(pack)

@@ -13,6 +13,12 @@ CacheName = Literal["ram", "disk", "none"]
 LARGEST_STRIDE = 32
 """Images must divide into the cells of the coarsest level."""
 
+MAX_FREEZE = 24
+"""All layers but the detection head; with that frozen as well there would be nothing to train."""
+
+DEFAULT_PATIENCE = 100
+"""As in YOLOv5: without effect on trainings of up to 100 epochs."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
@@ -54,6 +60,20 @@ class TrainConfig:
     """Where decoded training images are kept."""
     workers: int = 0
     """Processes that read images; 0 reads in the training process."""
+    freeze: int = 0
+    """Layers 0 to `freeze` - 1 keep their weights: no gradient, no optimiser work; 10 is the backbone."""
+    freeze_bn: bool = False
+    """Frozen layers also keep their BatchNorm statistics and normalise by them; YOLOv5 lets the statistics move."""
+    patience: int = DEFAULT_PATIENCE
+    """A training ends early when its fitness has not improved for so many epochs; 0 never."""
+    multi_scale: bool = False
+    """Every batch at another size, half to one and a half times `image_size`, the same for all slots."""
+    rect: bool = False
+    """Batches of images of like shape, letterboxed as little as possible; no mosaic and no shuffling."""
+    image_weights: bool = False
+    """Images are drawn by how badly the model does on their classes; for packs of one slot only."""
+    single_cls: bool = False
+    """Train as if all labels were of one class."""
 
     def __post_init__(self) -> None:
         """Check the numbers, so that a mistake is named before anything is loaded."""
@@ -64,8 +84,11 @@ class TrainConfig:
             raise InputError(f"image_size: {self.image_size} is not allowed: a multiple of {LARGEST_STRIDE} is")
         if not 0 <= self.label_smoothing < 1:
             raise InputError(f"label_smoothing: {self.label_smoothing} is not allowed: 0 to below 1 is")
-        if self.workers < 0:
-            raise InputError(f"workers: {self.workers} is not allowed: 0 or more is")
+        for name in ("workers", "patience"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name}: {getattr(self, name)} is not allowed: 0 or more is")
+        if not 0 <= self.freeze <= MAX_FREEZE:
+            raise InputError(f"freeze: {self.freeze} is not allowed: 0 to {MAX_FREEZE} is (layers, from the first)")
         for name, allowed in (("optimizer", ("SGD", "Adam", "AdamW")), ("cache", ("ram", "disk", "none"))):
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name}: {getattr(self, name)!r} is not allowed: one of {', '.join(allowed)} is")

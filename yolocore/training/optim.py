@@ -252,6 +252,7 @@ class PackOptimizer:
     """SGD with Nesterov momentum, Adam or AdamW for K stacked models, each with its own rates, clipping and decay.
 
     The optimiser owns the parameters as one flat `[K, N]` tensor, `flat`, and writes them into the model after a step.
+    Frozen parameters (those that require no gradient) are none of its business.
 
     Args:
         model: Where the parameters live. Device, type and memory format must be final.
@@ -268,7 +269,8 @@ class PackOptimizer:
         name: OptimizerName = "SGD",
     ) -> None:
         # The sort is stable: official order inside a group.
-        parameters = dict(sorted(model.named_parameters(), key=lambda item: parameter_group(item[0])))
+        trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        parameters = dict(sorted(trained, key=lambda item: parameter_group(item[0])))
         self._model = model
         self._owners = list(parameters.values())
         self._targets = [model.per_slot(owner.detach()) for owner in self._owners]
@@ -385,7 +387,7 @@ def _group_ranges(layout: FlatLayout) -> tuple[slice, slice, slice]:
 
 
 class PackEMA:
-    """Moving averages of K models: one flat `[K, M]` tensor, parameters first, then the running statistics.
+    """Moving averages of K models: one flat `[K, M]` tensor, parameters first, then statistics and frozen layers.
 
     Args:
         model: Where the running statistics live.

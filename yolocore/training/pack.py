@@ -154,7 +154,8 @@ class Pack:
 
     def _stack(self, weights: Sequence[Mapping[str, Tensor]]) -> YOLOv5:
         moved = [{name: tensor.to(self.device) for name, tensor in one.items()} for one in weights]
-        model = YOLOv5.stack(self.config.model, self.num_classes, moved).train()
+        model = YOLOv5.stack(self.config.model, self.num_classes, moved)
+        model.model[: self.config.freeze].requires_grad_(False)
         # Faster for float32 and autocast, most of all with several slots; float64 has no kernels for it.
         return model.to(memory_format=torch.channels_last) if model.anchors.dtype == torch.float32 else model
 
@@ -197,6 +198,8 @@ class Pack:
     def begin_epoch(self) -> None:
         """Plan the epoch's steps and throw away what is left of unfinished accumulation."""
         self.model.train()
+        if self.config.freeze_bn:
+            self.model.model[: self.config.freeze].eval()
         self.optimizer.clear_gradients()
         self._table = StepTable.make(self.schedules, self.clocks, self.batches_per_epoch, self.device, self.dtype)
         self._sums = torch.zeros(len(self.keys), 3, dtype=self.dtype, device=self.device)
