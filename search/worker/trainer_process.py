@@ -220,8 +220,8 @@ class _Trainer:
         with self._pulse():
             for key in trainer.active:
                 trial = self._trials[key]
-                name = self._store.save(trial.number, trial.attempt, trainer.epoch, trainer.slot_state(key))
-                saved[key] = (trainer.epoch, name)
+                epochs = trainer.epochs[key]
+                saved[key] = epochs, self._store.save(trial.number, trial.attempt, epochs, trainer.slot_state(key))
         self._send(Secured(saved))
 
     def _on_batch(self, _done: int, _total: int) -> None:

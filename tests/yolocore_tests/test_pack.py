@@ -186,9 +186,10 @@ def make_pack(slots: Sequence[PackSlot], **changes: object) -> Pack:
     return Pack(config(**changes), slots, num_classes=3, batches_per_epoch=BATCHES, device=CPU)
 
 
-def train_epoch(pack: Pack) -> list[StepResult]:
+def train_epoch(pack: Pack, epoch: int = 0) -> list[StepResult]:
+    """One epoch on the images of an epoch of the stream."""
     pack.begin_epoch()
-    results = [pack.train_step(*batch) for batch in batches()]
+    results = [pack.train_step(*batch) for batch in batches(seed=epoch)]
     pack.end_epoch()
     return results
 
@@ -236,6 +237,54 @@ def test_pack_slots_with_staggered_clocks_equal_lone_runs_on_the_same_images() -
         torch.testing.assert_close(curve(together, slot), curve(alone, 0), rtol=0, atol=1e-9)
         assert largest_gap(pack.slot_weights(slot), lone.slot_weights(0)) < 1e-9
         assert pack.clocks[slot] == lone.clocks[0]
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-9), (torch.float32, 1e-3)])
+def test_pack_refilled_slots_equal_lone_runs_on_the_same_images(dtype, atol) -> None:
+    """Slots leave and join at epoch boundaries; each one's curve is that of its lone run on the same epochs' images."""
+    slots = dict(zip(("a", "b", "c", "d"), HYPS, strict=True))
+    fresh = make_slots(HYPS[:1], dtype)[0].state
+    newcomers = {1: ("b",), 2: ("c", "d")}
+    leavers = {2: ("a",)}
+    pack = make_pack([PackSlot("a", HYPS[0], fresh)], epochs=6)
+    curves: dict[str, list[Tensor]] = {key: [] for key in slots}
+    for epoch in range(5):
+        if epoch:
+            gone = [pack.keys.index(key) for key in leavers.get(epoch, ())]
+            joining = [PackSlot(key, slots[key], fresh) for key in newcomers.get(epoch, ())]
+            pack.reshape(drop=gone, add=joining)
+        results = train_epoch(pack, epoch)
+        for slot, key in enumerate(pack.keys):
+            curves[key].append(curve(results, slot))
+    assert pack.keys == ("b", "c", "d")
+    assert pack.epochs == (4, 3, 3)
+    for key, first in (("a", 0), ("b", 1), ("c", 2), ("d", 2)):
+        lone = make_pack([PackSlot(key, slots[key], fresh)], epochs=6)
+        for epoch, together in enumerate(curves[key], start=first):
+            torch.testing.assert_close(together, curve(train_epoch(lone, epoch), 0), rtol=0, atol=atol)
+        if dtype is torch.float64 and key in pack.keys:
+            slot = pack.keys.index(key)
+            assert largest_gap(pack.model.unstack(slot), lone.model.unstack(0)) < atol
+            assert largest_gap(pack.slot_weights(slot), lone.slot_weights(0)) < atol
+            assert pack.clocks[slot] == lone.clocks[0]
+
+
+def test_pack_newcomer_that_does_not_fit_raises_and_changes_nothing() -> None:
+    pack = make_pack(make_slots(HYPS[:2]))
+    train_epoch(pack)
+    state = make_slots(HYPS[:1])[0].state
+    for newcomer, message in (
+        (PackSlot("t0", HYPS[0], state), "slot t0 is in the pack twice"),
+        (PackSlot("new", Hyperparameters(mosaic=0.5), state), r"mosaic cannot differ inside a pack: 1\.0 in t0, 0\.5"),
+        (PackSlot("new", HYPS[0], {**state, "format": 7}), "slot new: its state has format 7"),
+    ):
+        with pytest.raises(TrainingError, match=message):
+            pack.reshape(drop=[1], add=[newcomer])
+    assert pack.keys == ("t0", "t1")
+    assert pack.epochs == (1, 1)
+    pack.begin_epoch()
+    with pytest.raises(TrainingError, match="between epochs"):
+        pack.add([PackSlot("new", HYPS[0], state)])
 
 
 def poison_gradient(pack: Pack, name: str, value: float) -> torch.utils.hooks.RemovableHandle:

@@ -13,6 +13,7 @@ from yolocore.errors import InputError, TrainingError, WeightsError
 from yolocore.hyperparameters import Hyperparameters
 from yolocore.model import initial_state
 from yolocore.training import EpochReport, PackTrainer, SlotStart, TrainConfig, TrainingData
+from yolocore.training.pack import fresh_state
 
 HYPS = (Hyperparameters(mosaic=0.0), Hyperparameters(mosaic=0.0, box=0.1, obj=2.0, lr0=0.03))
 
@@ -56,7 +57,7 @@ def starts(count: int = 2) -> list[SlotStart]:
 
 def curve(report: EpochReport) -> EpochReport:
     """Everything but the wall time."""
-    return replace(report, seconds=0.0)
+    return replace(report, seconds=0.0, evaluation_seconds=0.0)
 
 
 def test_run_epoch_two_slots_reports_both_and_evaluates_on_the_grid_and_at_the_end(config, data) -> None:
@@ -80,7 +81,7 @@ def test_run_epoch_two_slots_reports_both_and_evaluates_on_the_grid_and_at_the_e
     # The ninth of 101 warm-up iterations: biases fall from 0.1, the others rise from 0, towards lr0 * f(2).
     target = 0.01 * (1 / 3 * 0.99 + 0.01)
     assert last[0].lr == pytest.approx((0.1 + 0.08 * (target - 0.1), 0.08 * target, 0.08 * target))
-    with pytest.raises(TrainingError, match="3 of 3 epochs are done"):
+    with pytest.raises(TrainingError, match="every slot has left or has its 3 epochs"):
         trainer.run_epoch()
 
 
@@ -125,7 +126,7 @@ def test_resume_from_a_checkpoint_gives_the_identical_curve(config, data, tmp_pa
     states = load(tmp_path / "pack.pt")
     # Another seed's initial weights would not matter any more, but the stream of images does.
     again = PackTrainer(config, [SlotStart(s.key, s.hyperparameters, states[s.key]) for s in starts(slots)], data=data)
-    assert again.epoch == 1
+    assert again.stream_epoch == 1
     while not through.finished:
         expected, got = through.run_epoch(), again.run_epoch()
         assert [curve(r) for r in got] == [curve(r) for r in expected]
@@ -161,12 +162,75 @@ def test_data_of_another_image_size_raises(config, data) -> None:
         PackTrainer(replace(config, image_size=96), starts(), data=data)
 
 
-def test_starts_at_different_epochs_raise(config, data) -> None:
+REFILLED = {
+    "a": HYPS[0],
+    "b": HYPS[1],
+    "c": Hyperparameters(mosaic=0.0, cls_pw=2.0, obj_pw=0.7, warmup_bias_lr=0.05, warmup_momentum=0.3),
+    "d": Hyperparameters(mosaic=0.0, fl_gamma=1.5, lrf=0.2, momentum=0.8, weight_decay=1e-3),
+}
+
+
+def float64_start(key: str, stream_epoch: int) -> SlotStart:
+    """A fresh trial in float64, as if its pack stood at this epoch of the stream."""
+    weights = initial_state("n", 2, seed=7)
+    state = fresh_state({name: t.double() if t.is_floating_point() else t for name, t in weights.items()})
+    return SlotStart(key, REFILLED[key], {**state, "stream_epoch": stream_epoch})
+
+
+def test_refilled_pack_every_slot_has_the_curve_of_its_lone_run(config, data) -> None:
+    """Slots are dropped, end at their own last epoch, and join; float64, each evaluated on its own grid of epochs."""
+    config = replace(config, eval_every=2)
+    changes = {1: (["b"], ["c"]), 2: ([], ["d"])}
+    joined = {"a": 0, "b": 0, "c": 1, "d": 2}
+    trainer = PackTrainer(config, [float64_start("a", 0), float64_start("b", 0)], data=data)
+    reports: dict[str, list[EpochReport]] = {key: [] for key in REFILLED}
+    seen = []
+    while not trainer.finished:
+        drop, add = changes.get(trainer.stream_epoch, ([], []))
+        trainer.reshape(drop=drop, add=[float64_start(key, 0) for key in add])
+        for report in trainer.run_epoch():
+            reports[report.key].append(report)
+        seen.append(trainer.active)
+    assert seen == [("a", "b"), ("a", "c"), ("a", "c", "d"), ("c", "d"), ("d",)]
+    assert [len(reports[key]) for key in REFILLED] == [3, 1, 3, 3]
+    for key, together in reports.items():
+        lone = PackTrainer(config, [float64_start(key, joined[key])], data=data)
+        for report in together:
+            (alone,) = lone.run_epoch()
+            assert (report.epoch, report.stream_epoch, report.lr) == (alone.epoch, alone.stream_epoch, alone.lr)
+            assert report.stream_epoch == joined[key] + report.epoch
+            losses = [(r.train_box, r.train_obj, r.train_cls) for r in (report, alone)]
+            assert losses[0] == pytest.approx(losses[1], abs=1e-9)
+            assert (report.metrics is None) == (alone.metrics is None) == (report.epoch == 0)
+            if report.metrics is not None and alone.metrics is not None:
+                assert report.metrics.to_mapping() == pytest.approx(alone.metrics.to_mapping(), abs=1e-9)
+                assert report.metrics.obj_loss > 0
+
+
+def test_stream_goes_on_for_those_who_stay_and_begins_anew_for_a_new_pack(config, data) -> None:
     trainer = PackTrainer(config, starts(1), data=data)
+    first = trainer.run_epoch()
+    trainer.add(starts(2)[1:])
+    assert [(r.key, r.epoch, r.stream_epoch, r.slots) for r in trainer.run_epoch()] == [
+        ("t0", 1, 1, 2),
+        ("t1", 0, 1, 2),
+    ]
+    state = trainer.slot_state("t0")
+    trainer.reshape(drop=["t0", "t1"], add=starts(1))
+    assert [curve(r) for r in trainer.run_epoch()] == [curve(r) for r in first]
+    # A trial that comes from a pack that was further on takes this one along: it has seen the epochs before.
+    trainer.add([SlotStart("far", HYPS[1], state)])
+    assert trainer.stream_epoch == 2
+    assert [(r.key, r.epoch, r.stream_epoch) for r in trainer.run_epoch()] == [("t0", 1, 2), ("far", 2, 2)]
+
+
+def test_reshape_that_is_refused_leaves_the_pack_as_it_was(config, data) -> None:
+    trainer = PackTrainer(config, starts(), data=data)
     trainer.run_epoch()
-    mixed = [SlotStart("t0", HYPS[0], trainer.slot_state("t0")), SlotStart("t1", HYPS[1])]
-    with pytest.raises(TrainingError, match="must start at the same epoch: t0 at 1, t1 at 0"):
-        PackTrainer(config, mixed, data=data)
+    with pytest.raises(TrainingError, match="slot bad: its state has format 99"):
+        trainer.reshape(drop=["t0"], add=[SlotStart("bad", HYPS[0], {"format": 99, "clock": {"iteration": 0}})])
+    assert trainer.epochs == {"t0": 1, "t1": 1}
+    assert [report.epoch for report in trainer.run_epoch()] == [1, 1]
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
 """The pack: K trials trained as one network, each slot with its own schedule, optimiser, average and fate.
 
 A pack is driven in epochs: `begin_epoch`, `train_step` for every batch, `end_epoch`; between epochs slots are read
-(`slot_state`), dropped and added. A train step never waits for the device: what the host must know was computed at the
-start of the epoch, and what went wrong on the device is read at its end.
+(`slot_state`), leave and join (`reshape`). Every slot has its own clock, so a slot that joins later warms up while its
+neighbours are far on. A train step never waits for the device: what the host must know was computed at the start of the
+epoch, and what went wrong on the device is read at its end.
 """
 
 from collections.abc import Mapping, Sequence
@@ -128,7 +129,9 @@ class Pack:
         """Build everything that has a slot axis."""
         config, device = self.config, self.device
         check_compatible([slot.key for slot in slots], [slot.hyperparameters for slot in slots])
-        states = [_checked_state(slot) for slot in slots]
+        for slot in slots:
+            check_state(slot.key, slot.state, config)
+        states = [slot.state for slot in slots]
         self.keys = tuple(slot.key for slot in slots)
         self.hyperparameters = tuple(slot.hyperparameters for slot in slots)
         self.clocks = tuple(Clock(**state["clock"]) for state in states)
@@ -183,12 +186,8 @@ class Pack:
         self._not_averaged.append({name: t for name, t in state["ema"].items() if name not in averaged})
         self.ema.load_slot(index, state["ema"])
         remembered = state["optimizer"]
-        if remembered is None:
-            return
-        if remembered["name"] != self.config.optimizer:
-            name, wanted = remembered["name"], self.config.optimizer
-            raise TrainingError(f"slot {self.keys[index]}: its state is of optimizer {name}, not {wanted}")
-        self.optimizer.load_slot(index, remembered["buffers"], remembered["steps"])
+        if remembered is not None:
+            self.optimizer.load_slot(index, remembered["buffers"], remembered["steps"])
 
     @property
     def epochs(self) -> tuple[int, ...]:
@@ -321,14 +320,21 @@ class Pack:
         """Whether no slot is left to train. Waits for the device."""
         return bool((self._failure > 0).all())
 
-    def evaluation_model(self) -> YOLOv5:
-        """The moving averages of all slots as a model in evaluation mode, overwritten by the next call."""
-        if self._evaluation_model is None:
-            self._evaluation_model = self.model.select(range(len(self.keys))).eval().requires_grad_(False)
-        tensors = self._evaluation_model.official_tensors()
+    def evaluation_model(self, slots: Sequence[int] | None = None) -> YOLOv5:
+        """The moving averages of some slots as a model in evaluation mode, overwritten by the next call.
+
+        Args:
+            slots: Which, at least one, in this order; all if None.
+        """
+        chosen = list(range(len(self.keys)) if slots is None else slots)
+        model = self._evaluation_model
+        if model is None or model.num_slots != len(chosen):
+            model = self._evaluation_model = self.model.select(chosen).eval().requires_grad_(False)
+        tensors = model.official_tensors()
         targets = [tensors[name] for name in self.ema.layout.names]
-        torch._foreach_copy_(targets, self.ema.layout.views(self.ema.flat))
-        return self._evaluation_model
+        flat = self.ema.flat if len(chosen) == len(self.keys) else self.ema.flat[chosen]
+        torch._foreach_copy_(targets, self.ema.layout.views(flat))
+        return model
 
     def slot_weights(self, slot: int) -> dict[str, Tensor]:
         """One slot's moving average as an official state dict, in official order."""
@@ -356,8 +362,10 @@ class Pack:
 
     def slots(self) -> list[PackSlot]:
         """All slots as they stand, ready for another pack."""
-        parts = zip(self.keys, self.hyperparameters, strict=True)
-        return [PackSlot(key, hyp, self.slot_state(index)) for index, (key, hyp) in enumerate(parts)]
+        return [self._slot(index) for index in range(len(self.keys))]
+
+    def _slot(self, index: int) -> PackSlot:
+        return PackSlot(self.keys[index], self.hyperparameters[index], self.slot_state(index))
 
     def drop(self, slots: Sequence[int]) -> None:
         """Take slots out between epochs; the others go on as if nothing had happened.
@@ -365,8 +373,39 @@ class Pack:
         Raises:
             TrainingError: Nobody would be left.
         """
-        gone = set(slots)
-        self._assemble([slot for index, slot in enumerate(self.slots()) if index not in gone])
+        self.reshape(drop=slots)
+
+    def add(self, slots: Sequence[PackSlot]) -> None:
+        """Let slots in between epochs, behind those that are there, each on its own clock.
+
+        Raises:
+            TrainingError: They do not go with those that are there.
+        """
+        self.reshape(add=slots)
+
+    def reshape(self, *, drop: Sequence[int] = (), add: Sequence[PackSlot] = ()) -> None:
+        """Take slots out and let others in, in one rebuild.
+
+        Args:
+            drop: Indices of slots that leave.
+            add: Slots that join behind the others.
+
+        Raises:
+            TrainingError: In the middle of an epoch, nobody would be left, or the slots do not go together; the pack
+                is then as it was.
+        """
+        if not drop and not add:
+            return
+        gone = set(drop)
+        staying = [index for index in range(len(self.keys)) if index not in gone]
+        hyperparameters = [self.hyperparameters[index] for index in staying]
+        check_compatible(
+            [*(self.keys[index] for index in staying), *(slot.key for slot in add)],
+            [*hyperparameters, *(slot.hyperparameters for slot in add)],
+        )
+        for slot in add:
+            check_state(slot.key, slot.state, self.config)
+        self._assemble([*(self._slot(index) for index in staying), *add])
 
 
 def check_compatible(keys: Sequence[str], hyperparameters: Sequence[Hyperparameters]) -> None:
@@ -391,8 +430,21 @@ def check_compatible(keys: Sequence[str], hyperparameters: Sequence[Hyperparamet
                 raise TrainingError(f"{name} cannot differ inside a pack: {values[0]} in {keys[0]}, {value} in {key}")
 
 
-def _checked_state(slot: PackSlot) -> Mapping[str, Any]:
-    found = slot.state.get("format")
+def check_state(key: str, state: Mapping[str, Any], config: TrainConfig) -> None:
+    """Check that a slot's state can be taken up.
+
+    Args:
+        key: Name of the slot.
+        state: Its state.
+        config: Of the pack.
+
+    Raises:
+        TrainingError: The state is another version's, or of another optimizer.
+    """
+    found = state.get("format")
     if found != STATE_FORMAT:
-        raise TrainingError(f"slot {slot.key}: its state has format {found}, this version reads {STATE_FORMAT}")
-    return slot.state
+        raise TrainingError(f"slot {key}: its state has format {found}, this version reads {STATE_FORMAT}")
+    remembered = state["optimizer"]
+    if remembered is not None and remembered["name"] != config.optimizer:
+        name, wanted = remembered["name"], config.optimizer
+        raise TrainingError(f"slot {key}: its state is of optimizer {name}, not {wanted}")

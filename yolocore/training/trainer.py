@@ -24,6 +24,9 @@ from yolocore.training.pack import Pack, PackSlot, SlotEpoch, check_compatible, 
 VALIDATION_BATCH_FACTOR = 2
 """Validation keeps no gradients and takes larger batches."""
 
+STREAM_EPOCH = "stream_epoch"
+"""Key of a slot's state: the epoch of the image stream that its pack would train on next."""
+
 FAILURE_CHECK_BATCHES = 50
 """How often the host asks whether any slot is left; each time it waits for the device."""
 
@@ -58,6 +61,12 @@ class EpochReport:
     """Wall time of the pack's epoch, evaluation included."""
     failure: str | None
     """Why the slot cannot go on; it has then left the pack."""
+    stream_epoch: int = 0
+    """The pack's epoch, which says which images this was: slots that started together are at the same one."""
+    slots: int = 1
+    """Slots that shared the pack's epoch, and its `seconds`."""
+    evaluation_seconds: float = 0.0
+    """Part of `seconds` that validation took."""
 
 
 @dataclass(slots=True)
@@ -118,12 +127,15 @@ class TrainingData:
 class PackTrainer:
     """Trains a pack of trials epoch by epoch, evaluates their moving averages and reports.
 
-    All slots see the same images: the stream is a function of (seed, epoch, image). Fresh slots start from the same
-    weights, a function of the seed or of `config.weights`.
+    Every slot has its own clock: slots may start at different epochs, join a running pack (`reshape`), and each ends
+    after its own `config.epochs`. All slots see the same images: the stream is a function of (seed, the pack's epoch,
+    image). A pack of fresh slots starts at epoch 0 of the stream; with resumed slots it goes on where the furthest of
+    them had stopped, also when that one joins later, so that no slot meets the same epoch twice. Fresh slots start from
+    the same weights, a function of the seed or of `config.weights`.
 
     Args:
         config: What all slots share.
-        starts: At least one; all at the same epoch, and equal in every hyperparameter that a pack shares.
+        starts: At least one, equal in every hyperparameter that a pack shares.
         on_batch: Called after each batch with (batches done, batches of the epoch).
         on_evaluation_batch: Called before each batch of a validation.
         data: Loaders to reuse; read from `config.data` if None.
@@ -149,18 +161,27 @@ class PackTrainer:
         self._on_evaluation_batch = on_evaluation_batch
         check_compatible([start.key for start in starts], [start.hyperparameters for start in starts])
         self.data = data or TrainingData.load(config, starts[0].hyperparameters)
-        self._stream = self.data.stream(config, starts[0].hyperparameters)
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = True  # shapes repeat: let it pick the fastest kernels once
-        self._pack: Pack | None = Pack(
-            config,
+        self._pack: Pack | None = None
+        self._start(starts)
+
+    def _start(self, starts: Sequence[SlotStart]) -> None:
+        """Make a pack where there is none; its stream begins anew."""
+        self._stream = self.data.stream(self.config, starts[0].hyperparameters)
+        self._pack = Pack(
+            self.config,
             self._slots(starts),
             num_classes=self.data.num_classes,
             batches_per_epoch=len(self._stream),
             device=self.device,
             precision=self.precision,
         )
-        self._epoch = self._common_epoch(self._pack)
+        self._stream_epoch = self._furthest(starts)
+
+    def _furthest(self, starts: Sequence[SlotStart]) -> int:
+        """Where the stream goes on so that none of these slots meets an epoch of it again."""
+        return max((stream_epoch(start.state, len(self._stream)) for start in starts if start.state), default=0)
 
     def _slots(self, starts: Sequence[SlotStart]) -> list[PackSlot]:
         fresh: dict[str, Any] = {}
@@ -171,56 +192,70 @@ class PackTrainer:
             for start in starts
         ]
 
-    @staticmethod
-    def _common_epoch(pack: Pack) -> int:
-        if len(set(pack.epochs)) > 1:
-            stands = ", ".join(f"{key} at {epoch}" for key, epoch in zip(pack.keys, pack.epochs, strict=True))
-            raise TrainingError(f"the slots of a pack must start at the same epoch: {stands}")
-        return pack.epochs[0]
-
     @property
     def active(self) -> tuple[str, ...]:
-        """Keys of the slots that are still in the pack."""
+        """Keys of the slots in the pack, those that have ended since the last epoch included."""
         return self._pack.keys if self._pack else ()
 
     @property
-    def epoch(self) -> int:
-        """Epochs that the pack has behind it."""
-        return self._epoch
+    def unfinished(self) -> tuple[str, ...]:
+        """Keys of the slots that have epochs left to train."""
+        return tuple(key for key, done in self.epochs.items() if done < self.config.epochs)
+
+    @property
+    def epochs(self) -> dict[str, int]:
+        """Epochs that each slot in the pack has behind it."""
+        return dict(zip(self._pack.keys, self._pack.epochs, strict=True)) if self._pack else {}
+
+    @property
+    def stream_epoch(self) -> int:
+        """Epoch of the image stream that the pack trains on next."""
+        return self._stream_epoch
 
     @property
     def finished(self) -> bool:
         """Whether there is nothing left to train."""
-        return self._pack is None or self._epoch >= self.config.epochs
-
-    @property
-    def evaluates_next(self) -> bool:
-        """Whether the coming epoch is evaluated."""
-        done = self._epoch + 1
-        return done % self.config.eval_every == 0 or done == self.config.epochs
+        return not self.unfinished
 
     def run_epoch(self) -> list[EpochReport]:
-        """Train all slots for one epoch, evaluate if the epoch is on the grid, and report every slot.
+        """Train all slots for one epoch, evaluate those for whom it is on their grid, and report every slot.
 
-        A slot whose loss or gradients are not finite reports its failure once and leaves the pack.
+        A slot whose loss or gradients are not finite reports its failure once and leaves the pack. One that has its
+        `config.epochs` behind it can still be read, and leaves before the next epoch.
 
         Raises:
             TrainingError: Nothing is left to train.
         """
-        if self._pack is None or self.finished:
-            raise TrainingError(f"nothing is left to train: {self._epoch} of {self.config.epochs} epochs are done")
+        self.drop([key for key in self.active if key not in self.unfinished])
+        if self._pack is None:
+            raise TrainingError(f"nothing is left to train: every slot has left or has its {self.config.epochs} epochs")
         started = time.perf_counter()
         rows = self._train(self._pack)
         self.drop([row.key for row in rows if row.failure])
-        metrics = self._evaluate() if self.evaluates_next else {}
-        self._epoch += 1
-        seconds = time.perf_counter() - started
-        return [_report(row, metrics.get(row.key), seconds) for row in rows]
+        trained = time.perf_counter()
+        metrics = self._evaluate()
+        ended = time.perf_counter()
+        stream_epoch, self._stream_epoch = self._stream_epoch, self._stream_epoch + 1
+        return [
+            EpochReport(
+                row.key,
+                row.epoch,
+                metrics.get(row.key),
+                *row.items,
+                row.lr,
+                ended - started,
+                row.failure,
+                stream_epoch,
+                len(rows),
+                ended - trained,
+            )
+            for row in rows
+        ]
 
     def _train(self, pack: Pack) -> list[SlotEpoch]:
         pack.begin_epoch()
         count = len(self._stream)
-        for done, batch in enumerate(self._stream.epoch(self._epoch), start=1):
+        for done, batch in enumerate(self._stream.epoch(self._stream_epoch), start=1):
             pack.train_step(batch.images, batch.targets)
             if self._on_batch:
                 self._on_batch(done, count)
@@ -229,19 +264,24 @@ class PackTrainer:
         return pack.end_epoch()
 
     def _evaluate(self) -> dict[str, DetectionMetrics]:
+        """One pass over the validation images for all slots that are due, each on its own grid of epochs."""
         pack = self._pack
-        if pack is None:
+        due = [] if pack is None else [index for index, done in enumerate(pack.epochs) if self._is_evaluated(done)]
+        if pack is None or not due:
             return {}
-        threshold = pack.hyperparameters[0].anchor_t
+        weights = pack.loss_weights if len(due) == len(pack.keys) else pack.loss_weights.select(due)
         results = evaluate(
-            pack.evaluation_model(),
+            pack.evaluation_model(due),
             self._watched(self.data.validation),
-            pack.loss_weights,
-            threshold,
+            weights,
+            pack.hyperparameters[0].anchor_t,
             self.device,
             self.precision,
         )
-        return dict(zip(pack.keys, results, strict=True))
+        return {pack.keys[index]: metrics for index, metrics in zip(due, results, strict=True)}
+
+    def _is_evaluated(self, done: int) -> bool:
+        return done % self.config.eval_every == 0 or done == self.config.epochs
 
     def _watched(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         for batch in batches:
@@ -255,19 +295,39 @@ class PackTrainer:
         Raises:
             TrainingError: A key is not in the pack.
         """
-        if not keys:
-            return
-        gone = {self._index(key) for key in keys}
-        if self._pack and len(gone) < len(self._pack.keys):
-            self._pack.drop(sorted(gone))
-        else:
+        self.reshape(drop=keys)
+
+    def add(self, starts: Sequence[SlotStart]) -> None:
+        """Let trials into the pack; those that are there do not notice. Between epochs only.
+
+        Raises:
+            TrainingError: They do not go with those that are there.
+        """
+        self.reshape(add=starts)
+
+    def reshape(self, *, drop: Sequence[str] = (), add: Sequence[SlotStart] = ()) -> None:
+        """Take slots out and let others in, in one rebuild. Between epochs only.
+
+        A trial that joins anew starts its own warm-up, schedule, average and accumulation; its images are those of the
+        pack's epoch. If nobody stays, those who join are a new pack.
+
+        Raises:
+            TrainingError: A key is not in the pack, or the slots do not go together; the pack is then as it was.
+        """
+        gone = {self._index(key) for key in drop}
+        pack = self._pack
+        if pack is not None and len(gone) < len(pack.keys):
+            pack.reshape(drop=sorted(gone), add=self._slots(add))
+            self._stream_epoch = max(self._stream_epoch, self._furthest(add))
+        elif add:
+            self._start(add)
+        elif gone:
             self._pack = None
 
     def slot_state(self, key: str) -> dict[str, Any]:
         """Everything a slot needs to go on elsewhere, on the host: plain data and tensors, fit for `save_atomic`."""
         state = _on_host(self._existing().slot_state(self._index(key)))
-        assert isinstance(state, dict)
-        return state
+        return {**state, STREAM_EPOCH: self._stream_epoch}
 
     def slot_weights(self, key: str) -> dict[str, Tensor]:
         """A slot's moving average as an official state dict, float32, on the host."""
@@ -301,9 +361,15 @@ def start_weights(config: TrainConfig, num_classes: int) -> dict[str, Tensor]:
     return merged
 
 
-def _report(row: SlotEpoch, metrics: DetectionMetrics | None, seconds: float) -> EpochReport:
-    box, obj, cls = row.items
-    return EpochReport(row.key, row.epoch, metrics, box, obj, cls, row.lr, seconds, row.failure)
+def stream_epoch(state: Mapping[str, Any], batches_per_epoch: int) -> int:
+    """The first epoch of the image stream that a slot has not met; states without it come from packs without joiners.
+
+    Args:
+        state: Of a slot.
+        batches_per_epoch: Batches that every epoch has.
+    """
+    own = int(state["clock"]["iteration"]) // batches_per_epoch
+    return int(state.get(STREAM_EPOCH, own))
 
 
 def _on_host(tree: Any) -> Any:
