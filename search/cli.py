@@ -22,7 +22,7 @@ import typer
 from rich.live import Live
 from rich.logging import RichHandler
 
-from search import cli_studies
+from search import cli_data, cli_studies
 from search.cli_common import (
     AsJson,
     RunsDir,
@@ -68,6 +68,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(cli_studies.app)
+app.add_typer(cli_data.app)
 
 
 def main() -> None:

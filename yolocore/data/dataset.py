@@ -210,12 +210,13 @@ def _shown(value: object) -> str:
 # ------------------------------------------------------------------------------------------------ the images
 
 
-def image_paths(config: DatasetConfig, split: SplitName) -> tuple[Path, ...]:
+def image_paths(config: DatasetConfig, split: SplitName, problems: list[str] | None = None) -> tuple[Path, ...]:
     """All images of a split, without opening them.
 
     Args:
         config: The data set.
         split: Which split.
+        problems: Takes what is wrong, one line each, instead of an exception for the first.
 
     Returns:
         Absolute paths, sorted by path string, each once.
@@ -228,18 +229,25 @@ def image_paths(config: DatasetConfig, split: SplitName) -> tuple[Path, ...]:
         raise DatasetError(f"{config.source}: {split}: missing; expected a folder, a list file or a list of these")
     found: set[Path] = set()
     for entry in entries:
-        images = tuple(_images_of(config, split, entry))
-        if not images:
-            raise DatasetError(f"{config.source}: {split}: no image in {entry}; allowed suffixes: {allowed_suffixes()}")
+        items = tuple(_images_of(config, split, entry))
+        images = [item for item in items if isinstance(item, Path)]
+        wrong = [item for item in items if isinstance(item, str)]
+        if not items:
+            wrong = [f"{config.source}: {split}: no image in {entry}; allowed suffixes: {allowed_suffixes()}"]
+        if wrong and problems is None:
+            raise DatasetError(wrong[0])
+        if problems is not None:
+            problems.extend(wrong)
         found.update(images)
     return tuple(sorted(found, key=str))
 
 
-def _images_of(config: DatasetConfig, split: SplitName, entry: Path) -> Iterator[Path]:
+def _images_of(config: DatasetConfig, split: SplitName, entry: Path) -> Iterator[Path | str]:
+    """The images of an entry, and as text what is wrong with it."""
     if entry.is_dir():
         yield from _images_below(entry)
     elif _is_image(entry.name):
-        raise DatasetError(f"{config.source}: {split}: {entry} is an image; expected a folder or a text file of paths")
+        yield f"{config.source}: {split}: {entry} is an image; expected a folder or a text file of paths"
     else:
         yield from _listed_images(config, split, entry)
 
@@ -256,21 +264,23 @@ def _images_below(top: Path) -> Iterator[Path]:
         yield from (Path(folder, name) for name in files if _is_image(name))
 
 
-def _listed_images(config: DatasetConfig, split: SplitName, listing: Path) -> Iterator[Path]:
+def _listed_images(config: DatasetConfig, split: SplitName, listing: Path) -> Iterator[Path | str]:
     try:
         lines = listing.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise DatasetError(f"{config.source}: {split}: cannot read the list file {listing} ({error})") from None
+        yield f"{config.source}: {split}: cannot read the list file {listing} ({error})"
+        return
     for number, line in enumerate(lines, start=1):
         text = line.strip()
         if not text:
             continue
         image = _absolute(listing.parent if text.startswith("./") else config.root, text)
         if not _is_image(image.name):
-            raise DatasetError(f"{listing}:{number}: {text!r} is no image; allowed suffixes: {allowed_suffixes()}")
-        if not image.is_file():
-            raise DatasetError(f"{listing}:{number}: image {text!r} does not exist (looked at {image})")
-        yield image
+            yield f"{listing}:{number}: {text!r} is no image; allowed suffixes: {allowed_suffixes()}"
+        elif not image.is_file():
+            yield f"{listing}:{number}: image {text!r} does not exist (looked at {image})"
+        else:
+            yield image
 
 
 def _is_image(name: str) -> bool:
@@ -300,7 +310,7 @@ def scan_split(config: DatasetConfig, split: SplitName, *, strict: bool = True) 
     notes: list[str] = []
     for path in image_paths(config, split):
         try:
-            images.append(_labelled_image(path, config, notes))
+            images.append(labelled_image(path, config, notes))
         except DatasetError as error:
             refused.append(str(error))
     if refused and (strict or not images):
@@ -316,19 +326,37 @@ def scan_split(config: DatasetConfig, split: SplitName, *, strict: bool = True) 
     return Split(images=tuple(images), problems=(*notes, *dropped))
 
 
-def _labelled_image(path: Path, config: DatasetConfig, notes: list[str]) -> LabelledImage:
+def labelled_image(path: Path, config: DatasetConfig, notes: list[str]) -> LabelledImage:
+    """Read the size and the labels of one image.
+
+    Args:
+        path: The image.
+        config: The data set.
+        notes: Takes what was repaired.
+
+    Returns:
+        The image with its checked labels; without any where there is no label file.
+
+    Raises:
+        DatasetError: The image or its label file cannot be used.
+    """
     size = native_size(path)
     file = label_path(path)
-    data = _label_bytes(file)
+    data = label_bytes(file)
     if data is None:
         return LabelledImage(image=path, labels=np.zeros((0, 5), np.float32), size=size)
-    labels, polygons, duplicates = parse_labels(_label_text(file, data), file, config.num_classes)
+    labels, polygons, duplicates = parse_labels(label_text(file, data), file, config.num_classes)
     if duplicates:
         notes.append(f"{file}: {duplicates} duplicate label{'s' if duplicates > 1 else ''} removed")
     return LabelledImage(image=path, labels=labels, size=size, polygons=polygons)
 
 
-def _label_bytes(file: Path) -> bytes | None:
+def label_bytes(file: Path) -> bytes | None:
+    """Content of a label file, None where there is none.
+
+    Raises:
+        DatasetError: It exists and cannot be read.
+    """
     try:
         return file.read_bytes()
     except FileNotFoundError:
@@ -337,7 +365,12 @@ def _label_bytes(file: Path) -> bytes | None:
         raise DatasetError(f"{file}: cannot read the label file ({error.strerror or error})") from None
 
 
-def _label_text(file: Path, data: bytes) -> str:
+def label_text(file: Path, data: bytes) -> str:
+    """Content of a label file as text.
+
+    Raises:
+        DatasetError: It is not UTF-8; names the line.
+    """
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -371,25 +404,62 @@ def parse_labels(
     Raises:
         DatasetError: A malformed line, naming file, line, value and what is allowed.
     """
-    lines = [(number, line.split()) for number, line in enumerate(text.splitlines(), start=1) if line]
-    if not lines:
-        return np.zeros((0, _BOX_COLUMNS), np.float32), (), 0
-    as_polygons = any(len(tokens) > _BOX_COLUMNS + 1 for _, tokens in lines)
     rows: list[Float32Array] = []
     polygons: list[Float32Array] = []
-    for number, tokens in lines:
-        where = f"{file}:{number}"
-        values = _numbers(where, tokens)
-        if as_polygons:
-            polygons.append(_polygon(where, values))
-            values = np.concatenate((values[:1], _box_around(polygons[-1])))
-        _check_row(where, values, num_classes)
-        rows.append(values)
+    for line in label_lines(text, file, num_classes):
+        if isinstance(line, DatasetError):
+            raise line
+        rows.append(line.row)
+        if line.polygon is not None:
+            polygons.append(line.polygon)
+    if not rows:
+        return np.zeros((0, _BOX_COLUMNS), np.float32), (), 0
     labels = np.stack(rows)
     _, kept = np.unique(labels, axis=0, return_index=True)
     if len(kept) == len(labels):
         return labels, tuple(polygons), 0
     return labels[kept], tuple(polygons[row] for row in kept) if polygons else (), len(labels) - len(kept)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LabelLine:
+    """One good line of a label file."""
+
+    number: int
+    """From 1."""
+    row: Float32Array
+    """float32 [5]: class, x, y, w, h."""
+    polygon: Float32Array | None
+    """float32 [points, 2] if the file holds polygons."""
+
+
+def label_lines(text: str, file: Path | str, num_classes: int) -> Iterator[LabelLine | DatasetError]:
+    """Every line of a label file that is not empty, or what is wrong with it.
+
+    Args:
+        text: Content of the file.
+        file: Its name, for messages.
+        num_classes: Class indices must be below this.
+
+    Returns:
+        The lines in order; a malformed one as the exception that `parse_labels` would raise.
+    """
+    lines = [(number, line.split()) for number, line in enumerate(text.splitlines(), start=1) if line]
+    as_polygons = any(len(tokens) > _BOX_COLUMNS + 1 for _, tokens in lines)
+    for number, tokens in lines:
+        try:
+            yield _label_line(f"{file}:{number}", number, tokens, as_polygons, num_classes)
+        except DatasetError as error:
+            yield error
+
+
+def _label_line(where: str, number: int, tokens: list[str], as_polygons: bool, num_classes: int) -> LabelLine:
+    values, polygon = _numbers(where, tokens), None
+    if as_polygons:
+        polygon = _polygon(where, values)
+        values = np.concatenate((values[:1], _box_around(polygon)))
+    _check_row(where, values, num_classes)
+    return LabelLine(number, values, polygon)
 
 
 def _numbers(where: str, tokens: list[str]) -> Float32Array:
@@ -464,5 +534,5 @@ def fingerprint(config: DatasetConfig) -> str:
         add(split)
         for image in image_paths(config, split):
             relative = Path(os.path.relpath(image, config.root)).as_posix()
-            add(relative, str(image.stat().st_size), _label_bytes(label_path(image)) or b"")
+            add(relative, str(image.stat().st_size), label_bytes(label_path(image)) or b"")
     return digest.hexdigest()[:16]

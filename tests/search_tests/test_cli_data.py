@@ -1,0 +1,96 @@
+"""The commands on data sets: what they print, their JSON, their exit codes."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import pytest
+from tiny import write_data
+
+from search.cli import main
+
+
+class Result(NamedTuple):
+    """What a command did."""
+
+    code: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Result]
+
+
+@pytest.fixture
+def yolosearch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs the command in this process."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*words: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["yolosearch", *map(str, words)])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        captured = capsys.readouterr()
+        return Result(int(caught.value.code or 0), captured.out, captured.err)
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp("digits"))
+
+
+@pytest.mark.parametrize("command", ["check"])
+def test_help_of_every_data_command_has_an_example(yolosearch: Command, command: str) -> None:
+    result = yolosearch("data", command, "--help")
+    assert (result.code, f"Example: yolosearch data {command} " in result.out) == (0, True)
+
+
+def test_data_check_tables_and_sheet(yolosearch: Command, digits: Path, tmp_path: Path) -> None:
+    sheet = tmp_path / "out" / "sheet.png"
+    result = yolosearch("data", "check", digits, "--sheet", sheet, "--sheet-images", 2)
+    assert result.code == 0
+    assert "digit 4" in result.out
+    assert f"contact sheet: {sheet}" in result.out
+    assert "warning: " in result.err
+    assert cv2.imread(str(sheet)).shape[1] > 1000
+
+
+def test_data_check_json_one_split(yolosearch: Command, digits: Path) -> None:
+    result = yolosearch("data", "check", digits, "--json", "--split", "val")
+    report = json.loads(result.out)
+    assert [split["split"] for split in report["splits"]] == ["val"]
+    assert report["splits"][0]["images"] == 8
+    assert (report["usable"], report["sheet"], result.code) == (True, None, 0)
+
+
+def test_data_check_bad_label_exit_code_2_and_its_line(yolosearch: Command, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "labels").mkdir()
+    cv2.imwrite(str(tmp_path / "images" / "a.png"), 9 * cv2.getStructuringElement(cv2.MORPH_RECT, (20, 20)))
+    (tmp_path / "labels" / "a.txt").write_text("0 0.5 0.5 0.2\n3 0.5 0.5 0.2 0.2\n")
+    (tmp_path / "d.yaml").write_text("train: images\nval: images\nnames: [cat]\n")
+    result = yolosearch("data", "check", tmp_path / "d.yaml", "--split", "train")
+    label = tmp_path / "labels" / "a.txt"
+    assert result.code == 2
+    assert f"error: {label}:1: 4 values" in result.err
+    assert f"error: {label}:2: class 3 is not among the 1 names" in result.err
+    assert "2 errors" in result.out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("missing.yaml",), "missing.yaml: cannot read the data set YAML (No such file"),
+        (("missing.yaml", "--sheet", "a.jpg"), "--sheet: got 'a.jpg'; allowed: a file name that ends in .png"),
+    ],
+)
+def test_data_check_bad_input_one_line(yolosearch: Command, words: tuple[str, ...], message: str) -> None:
+    result = yolosearch("data", "check", *words)
+    assert (result.code, result.out) == (2, "")
+    assert message in result.err
+    assert result.err.count("\n") == 1
