@@ -128,6 +128,10 @@ class TrainSettings(Section):
     """Smoothing of the class targets; a training option of YOLOv5, no hyp key."""
     autobalance: StrictBool = False
     """Adapt the objectness balance of the three levels during training."""
+    multi_scale: StrictBool = False
+    """Every batch at another size, half to one and a half times `image_size`, the same for all slots of a pack."""
+    patience: Annotated[Whole, Field(ge=0)] = 100
+    """A trial ends early, as COMPLETE, when its fitness has not improved for so many epochs; 0 never."""
     eval_every: Annotated[Whole, Field(ge=1)] = 1
     """Evaluate every so many epochs, and after the last; pruning decides at these epochs."""
     cache: Literal["ram", "disk", "none"] = "ram"

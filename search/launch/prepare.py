@@ -130,6 +130,12 @@ def _notices(config: StudyConfig, dataset: DatasetConfig, splits: dict[str, Spli
     missing = [name for index, name in enumerate(dataset.names) if not counts[index]]
     if missing:
         yield f"data: no training labels of {', '.join(missing)}"
+    patience = config.train.patience
+    if 0 < patience < config.train.epochs and config.objective.at == "last":
+        yield (
+            f"train.patience: a trial that ends early counts with its last epoch, {patience} epochs after its best; "
+            "with `at: best` in the objective its best epoch counts"
+        )
     yield from _step_notices(config, len(splits["train"].images))
     for split in splits.values():
         yield from split.problems[:5]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from yolocore.hyperparameters import Hyperparameters
+from yolocore.training.optim import EarlyStopping
 from yolocore.training.trainer import EpochReport
 
 
@@ -24,6 +25,8 @@ class TrialStart:
     """Its reference in the checkpoint store."""
     best_value: float | None = None
     """The best objective of its epochs so far; matters where a trial's best epoch counts."""
+    stopping: EarlyStopping = field(default_factory=lambda: EarlyStopping(0))
+    """What its epochs so far leave of its patience; matters where the last epoch counts."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 from search.checkpoints import CheckpointStore
 from search.config import objective_value
 from search.errors import LeaseLostError, SearchError, UserInputError
-from search.ledger import Ticket, TicketState
+from search.ledger import EpochRow, Ticket, TicketState
 from search.settings import ObjectiveConfig
 from search.space import hyperparameters
 from search.study import mirror_reports, should_prune, tell, trial_value
@@ -29,6 +29,7 @@ from search.worker.messages import (
 from search.worker.mirror import Mirror
 from search.worker.trainer_link import TrainerLink
 from yolocore.errors import CheckpointError
+from yolocore.training.optim import EarlyStopping
 from yolocore.training.trainer import EpochReport
 
 logger = logging.getLogger(__name__)
@@ -99,7 +100,9 @@ class PackRun:
         self._mirror.notify(ticket.id)
 
     def _start(self, ticket: Ticket) -> TrialStart:
-        found = trial_value(counting_best(self._config.objective), self._ledger.reports(ticket.id))
+        rows = self._ledger.reports(ticket.id)
+        found = trial_value(counting_best(self._config.objective), rows)
+        done = [row for row in rows if row.epoch < ticket.epochs_done]
         return TrialStart(
             key=str(ticket.id),
             number=ticket.number,
@@ -108,6 +111,7 @@ class PackRun:
             epochs_done=ticket.epochs_done,
             checkpoint=ticket.checkpoint,
             best_value=None if found is None else found[0],
+            stopping=early_stopping(self._context.train.patience, done),
         )
 
     def _begin(self, message: PackStarted) -> None:
@@ -164,8 +168,19 @@ class PackRun:
         """Ends the trial, or lets it go on."""
         if report.epoch + 1 >= self._context.train.epochs:
             self._end(ticket, TicketState.COMPLETE)
+        elif report.metrics is not None and self._is_stuck(ticket, report.epoch):
+            patience = self._context.train.patience
+            self._end(ticket, TicketState.COMPLETE, f"no better fitness for {patience} epochs: ended by patience")
         elif report.metrics is not None and self._decide(ticket, report.epoch):
             self._end(ticket, TicketState.PRUNED)
+
+    def _is_stuck(self, ticket: Ticket, epoch: int) -> bool:
+        """Whether the stored epochs say that fitness has not improved for `train.patience` epochs."""
+        patience = self._context.train.patience
+        if patience == 0 or epoch < patience:
+            return False
+        rows = [row for row in self._ledger.reports(ticket.id) if row.epoch <= epoch]
+        return early_stopping(patience, rows).exhausted(epoch)
 
     def _decide(self, ticket: Ticket, epoch: int) -> bool:
         # Pruners change their state when asked, so each evaluation is asked about once and the answer is kept.
@@ -175,14 +190,14 @@ class PackRun:
             stored = self._ledger.decide(ticket, epoch, prune)
         return bool(stored.prune)
 
-    def _end(self, ticket: Ticket, state: TicketState) -> None:
+    def _end(self, ticket: Ticket, state: TicketState, reason: str | None = None) -> None:
         """Ends a trial with the value that its stored epochs give it."""
         found = trial_value(self._config.objective, self._ledger.reports(ticket.id))
         if found is None and state is TicketState.COMPLETE:
             self.fail(ticket, "the objective of the last epoch is not finite")
         else:
             value, epoch = found or (None, None)
-            self._finish(ticket, state, value, None, epoch)
+            self._finish(ticket, state, value, reason, epoch)
 
     def _finish(
         self, ticket: Ticket, state: TicketState, value: float | None, reason: str | None, epoch: int | None = None
@@ -208,6 +223,11 @@ class PackRun:
     def _close(self, ticket: Ticket) -> None:
         self.alive.pop(ticket.id, None)
         self._leases.release([ticket.id])
+
+
+def early_stopping(patience: int, rows: Iterable[EpochRow]) -> EarlyStopping:
+    """Where a trial stands whose evaluated epochs are `rows`, in order."""
+    return EarlyStopping.after(patience, ((row.epoch, row.metrics["fitness"]) for row in rows))
 
 
 def counting_best(objective: ObjectiveConfig) -> ObjectiveConfig:

@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -40,6 +40,7 @@ from search.worker.messages import (
 from yolocore.checkpoint import save_weights
 from yolocore.errors import CheckpointError, InputError
 from yolocore.training.config import TrainConfig
+from yolocore.training.optim import EarlyStopping
 from yolocore.training.trainer import EpochReport, PackTrainer, SlotStart, TrainingData
 
 logger = logging.getLogger(__name__)
@@ -101,6 +102,7 @@ class _Trainer:
         self._data: TrainingData | None = None
         self._trials: dict[str, TrialStart] = {}
         self._best: dict[str, float] = {}
+        self._stopping: dict[str, EarlyStopping] = {}
         self._started = False
         self._alive_at = 0.0
         self._owed = 0
@@ -136,6 +138,7 @@ class _Trainer:
     def _train(self, trials: Sequence[TrialStart]) -> None:
         self._trials = {trial.key: trial for trial in trials}
         self._best = {trial.key: trial.best_value for trial in trials if trial.best_value is not None}
+        self._stopping = {trial.key: replace(trial.stopping) for trial in trials}
         self._owed = 0
         self._started = False
         with self._pulse():
@@ -205,9 +208,11 @@ class _Trainer:
                 save_weights(path, trainer.slot_weights(report.key))
 
     def _counts(self, report: EpochReport) -> bool:
-        if self._settings.objective.at == "last":
-            return report.epoch + 1 >= self._settings.train.epochs
         assert report.metrics is not None
+        if self._settings.objective.at == "last":
+            # The supervisor, who decides from the stored epochs, will find the same.
+            is_stuck = self._stopping[report.key].update(report.epoch, report.metrics.fitness)
+            return is_stuck or report.epoch + 1 >= self._settings.train.epochs
         value = objective_value(self._settings.objective, report.metrics.to_mapping(), self._settings.class_names)
         if value < self._best.get(report.key, -math.inf):
             return False

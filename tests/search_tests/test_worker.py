@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from optuna.trial import TrialState
@@ -199,6 +200,32 @@ def test_run_worker_resumed_study_has_the_numbers_of_an_undisturbed_one(make: Ca
     for trial, run in zip(study.optuna_trials(), sorted(study.mlflow_runs().items())[1:], strict=True):
         assert sorted(trial.intermediate_values) == [1, 2, 3, 4]
         assert [step for step, _ in study.metric_history(run[1], "metrics/fitness")] == [0, 1, 2, 3]
+
+
+def ended_by_patience(study: TinyStudy, number: int, patience: int) -> bool:
+    """Whether a trial went on to the first epoch that is `patience` after its best, and no further."""
+    fitness = [row.metrics["fitness"] for row in study.ledger.reports(study.tickets()[number].id)]
+    stuck = [epoch for epoch in range(len(fitness)) if epoch - int(np.argmax(fitness[: epoch + 1])) >= patience]
+    return stuck == [len(fitness) - 1]
+
+
+def test_run_worker_patience_ends_a_trial_complete_also_after_an_interruption(make: Callable[..., TinyStudy]) -> None:
+    # With these rates nothing is learnt: fitness soon stays where it is.
+    hyp = {"mosaic": 0, "lr0": 1e-5, "warmup_bias_lr": 0.0}
+    study = make(tracked=True, train={"epochs": 40, "patience": 5}, trials=2, base_hyp=hyp)
+
+    interrupted(study)
+    assert study.work("second") == 2
+
+    for ticket in study.tickets():
+        assert (ticket.state, ticket.attempt) == (COMPLETE, 2)
+        assert ended_by_patience(study, ticket.number, 5)
+        assert ticket.value == study.ledger.reports(ticket.id)[-1].value
+        assert ticket.reason == "no better fitness for 5 epochs: ended by patience"
+        assert (study.runs / NAME / "trials" / f"{ticket.number:05d}" / "best.safetensors").is_file()
+    assert [trial.state for trial in study.optuna_trials()] == [TrialState.COMPLETE] * 2
+    run = study.mlflow_runs()["trial-00001"]
+    assert (run.info.status, run.data.tags["yolosearch.state"]) == ("FINISHED", "COMPLETE")
 
 
 def checkpoints(study: TinyStudy, number: int) -> list[Path]:

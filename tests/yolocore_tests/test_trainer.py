@@ -250,6 +250,16 @@ def test_starts_that_do_not_go_together_raise(config, data, slots, message) -> N
         PackTrainer(config, slots, data=data)
 
 
+def test_multi_scale_trains_at_other_sizes_and_resumes_identically(config, data) -> None:
+    plain = PackTrainer(config, starts(1), data=data).run_epoch()
+    through = PackTrainer(replace(config, multi_scale=True), starts(1), data=data)
+    first = through.run_epoch()
+    state = through.slot_state("t0")
+    again = PackTrainer(replace(config, multi_scale=True), [SlotStart("t0", HYPS[0], state)], data=data)
+    assert first[0].train_obj != plain[0].train_obj
+    assert [curve(r) for r in again.run_epoch()] == [curve(r) for r in through.run_epoch()]
+
+
 def test_weights_file_is_where_every_slot_starts(config, data, tmp_path) -> None:
     file = tmp_path / "start.safetensors"
     given = initial_state("n", 5, seed=99)  # other classes: the head does not fit and stays fresh

@@ -7,7 +7,7 @@ knows in advance (learning rates, momenta, who steps when) is a table made once 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -140,11 +140,23 @@ class EarlyStopping:
     best: float = -1.0
     best_epoch: int = 0
 
+    @classmethod
+    def after(cls, patience: int, curve: Iterable[tuple[int, float]]) -> Self:
+        """Where a training stands whose evaluated epochs gave this fitness, as (epoch, fitness) in order."""
+        stopping = cls(patience)
+        for epoch, fitness in curve:
+            stopping.update(epoch, fitness)
+        return stopping
+
+    def exhausted(self, epoch: int) -> bool:
+        """Whether training should stop after this epoch."""
+        return self.patience > 0 and epoch - self.best_epoch >= self.patience
+
     def update(self, epoch: int, fitness: float) -> bool:
         """Take in one epoch's fitness; True when training should stop after this epoch."""
         if fitness > self.best:
             self.best, self.best_epoch = fitness, epoch
-        return self.patience > 0 and epoch - self.best_epoch >= self.patience
+        return self.exhausted(epoch)
 
     def imminent(self, epoch: int) -> bool:
         """Whether the next epoch without improvement would stop the training."""

@@ -20,6 +20,7 @@ from yolocore.hyperparameters import SHARED_KEYS, Hyperparameters
 from yolocore.loss import DEFAULT_BALANCE, LossComponents, LossWeights, detection_loss, update_balance
 from yolocore.model import STRIDES, YOLOv5
 from yolocore.training.config import TrainConfig
+from yolocore.training.multiscale import resized
 from yolocore.training.optim import CLIP_NORM, Clock, PackEMA, PackOptimizer, Schedule, StepTable, row_norms
 
 STATE_FORMAT = 1
@@ -204,27 +205,30 @@ class Pack:
         self._sums = torch.zeros(len(self.keys), 3, dtype=self.dtype, device=self.device)
         self._batch = 0
 
-    def train_step(self, images: Tensor, targets: Tensor) -> StepResult:
+    def train_step(self, images: Tensor, targets: Tensor, size: int | None = None) -> StepResult:
         """Train every slot on one batch.
 
         Args:
             images: `[B, 3, H, W]` RGB, uint8, or floating point already divided by 255.
             targets: `[T, 6]` rows (image, class, x, y, w, h), normalised; padding rows have image -1.
+            size: Resize the images to this longer side, pixels (multi-scale); None leaves them.
         """
         if self._table is None or self._batch >= self.batches_per_epoch:
             raise TrainingError(f"batch {self._batch} is outside an epoch of {self.batches_per_epoch} batches")
         rates, stepped = self._table.values[self._batch], self._table.stepped[self._batch]
         self._batch += 1
-        return self._step(self._send(images), self._send(targets), rates, stepped)
+        return self._step(self._send(images), self._send(targets), rates, stepped, size)
 
     def _send(self, tensor: Tensor) -> Tensor:
         if self.device.type == "cuda" and tensor.device.type == "cpu":
             tensor = tensor.pin_memory()
         return tensor.to(self.device, non_blocking=True)
 
-    def _step(self, images: Tensor, targets: Tensor, rates: Tensor, stepped: tuple[bool, ...]) -> StepResult:
+    def _step(
+        self, images: Tensor, targets: Tensor, rates: Tensor, stepped: tuple[bool, ...], size: int | None
+    ) -> StepResult:
         """One batch without a single wait for the device."""
-        loss = self._loss(images, targets)
+        loss = self._loss(images, targets, size)
         # The slots share no parameter, so the gradient of the sum is each slot's own; the weights of the sum are the
         # loss scales, and a slot whose loss is NaN spoils its own rows alone.
         torch.autograd.backward([loss.total], [self._loss_scale])
@@ -241,8 +245,8 @@ class Pack:
         norm = self._optimise(rates, stepped) if any(stepped) else None
         return StepResult(total, items, norm, stepped)
 
-    def _loss(self, images: Tensor, targets: Tensor) -> LossComponents:
-        pixels = images if images.is_floating_point() else images.to(self.dtype) / 255
+    def _loss(self, images: Tensor, targets: Tensor, size: int | None = None) -> LossComponents:
+        pixels = resized(images if images.is_floating_point() else images.to(self.dtype) / 255, size)
         if self.dtype == torch.float32:
             pixels = pixels.contiguous(memory_format=torch.channels_last)
         height, width = pixels.shape[-2:]

@@ -19,6 +19,7 @@ from yolocore.hyperparameters import Hyperparameters
 from yolocore.metrics import DetectionMetrics
 from yolocore.model import initial_state
 from yolocore.training.config import TrainConfig
+from yolocore.training.multiscale import batch_sizes
 from yolocore.training.pack import Pack, PackSlot, SlotEpoch, check_compatible, fresh_state
 
 VALIDATION_BATCH_FACTOR = 2
@@ -162,7 +163,8 @@ class PackTrainer:
         check_compatible([start.key for start in starts], [start.hyperparameters for start in starts])
         self.data = data or TrainingData.load(config, starts[0].hyperparameters)
         if self.device.type == "cuda":
-            torch.backends.cudnn.benchmark = True  # shapes repeat: let it pick the fastest kernels once
+            # Shapes repeat: let it pick the fastest kernels once. With multi-scale it would measure ever again.
+            torch.backends.cudnn.benchmark = not config.multi_scale
         self._pack: Pack | None = None
         self._start(starts)
 
@@ -255,8 +257,9 @@ class PackTrainer:
     def _train(self, pack: Pack) -> list[SlotEpoch]:
         pack.begin_epoch()
         count = len(self._stream)
+        sizes = batch_sizes(self.config, self._stream_epoch, count)
         for done, batch in enumerate(self._stream.epoch(self._stream_epoch), start=1):
-            pack.train_step(batch.images, batch.targets)
+            pack.train_step(batch.images, batch.targets, sizes[done - 1])
             if self._on_batch:
                 self._on_batch(done, count)
             if done % FAILURE_CHECK_BATCHES == 0 and pack.all_failed():
