@@ -1,4 +1,4 @@
-"""The commands that look at data sets: data check."""
+"""The commands on data sets: data check, data convert."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from search.errors import UserInputError
 
 if TYPE_CHECKING:
     from yolocore.data.check import BoxSizes, DatasetReport, SplitReport
+    from yolocore.data.convert import ConversionReport
     from yolocore.data.dataset import LabelledImage, SplitName
+    from yolocore.data.sources import SourceDataset
 
 EXIT_UNUSABLE = 2
 SHOWN_WARNINGS = 20
@@ -25,7 +27,7 @@ NOTES = """\
 """
 
 app = typer.Typer(no_args_is_help=True)
-commands = typer.Typer(help="Look at data sets.", no_args_is_help=True)
+commands = typer.Typer(no_args_is_help=True)
 app.add_typer(commands, name="data")
 
 Data = Annotated[Path, typer.Argument(metavar="DATA.yaml", help="The data set's YAML.", show_default=False)]
@@ -44,7 +46,7 @@ Splits = Annotated[list[SplitChoice] | None, typer.Option("--split", help="Only 
 
 @commands.callback()
 def data() -> None:
-    """Look at data sets."""
+    """Look at data sets, and convert them from other formats."""
 
 
 @commands.command()
@@ -81,6 +83,114 @@ def check(
         _write_sheet(sheet, sheet_images, shown, report, name, quiet=as_json)
     if not report.usable:
         raise typer.Exit(EXIT_UNUSABLE)
+
+
+class Format(StrEnum):
+    """What `--from` takes."""
+
+    COCO = "coco"
+    VOC = "voc"
+
+
+CocoFile = Annotated[Path | None, typer.Option(metavar="FILE.json", help="COCO: the file of this split.")]
+
+
+@commands.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder, or a COCO JSON file.", show_default=False)],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="The new folder.", show_default=False)],
+    origin: Annotated[Format, typer.Option("--from", help="Format of SRC.", show_default=False)],
+    train: CocoFile = None,
+    val: CocoFile = None,
+    test: CocoFile = None,
+    images: Annotated[
+        list[Path] | None, typer.Option(metavar="DIR", help="Where the images are; may be repeated; default found.")
+    ] = None,
+    classes: Annotated[
+        str | None, typer.Option(metavar="A,B,...", help="Only these classes, numbered in this order.")
+    ] = None,
+    val_fraction: Annotated[
+        float, typer.Option(min=0.001, max=0.999, help="Where SRC has no val split: random part of train.")
+    ] = 0.2,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of that random part.")] = 0,
+    polygons: Annotated[bool, typer.Option(help="COCO: keep segmentations, for copy-paste.")] = True,
+    keep_difficult: Annotated[
+        bool, typer.Option("--keep-difficult", help="VOC: keep objects marked difficult.")
+    ] = False,
+    one_based: Annotated[
+        bool, typer.Option("--one-based", help="VOC: corners are pixel numbers from 1, as in the original challenge.")
+    ] = False,
+    skip_missing: Annotated[bool, typer.Option("--skip-missing", help="Leave out images that do not exist.")] = False,
+    link: Annotated[bool, typer.Option("--link", help="Link images instead of copying them.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier conversion in OUT.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Convert a COCO or Pascal VOC data set to YOLO folders with a data.yaml; writes all of it or nothing.
+
+    Example: yolosearch data convert --from coco annotations-and-images my-data
+    """
+    from yolocore.data.convert import select_classes, split_at_random, write_yolo
+
+    folders = tuple(images or ())
+    if not source.exists():
+        raise UserInputError(f"{source}: no such file or folder")
+    if origin is Format.COCO:
+        files = _coco_files(source, {"train": train, "val": val, "test": test})
+        found = _read_coco(source, files, folders, polygons=polygons, skip_missing=skip_missing)
+    elif any((train, val, test)):
+        raise UserInputError("--train, --val, --test: only for coco; voc takes ImageSets/Main/*.txt")
+    else:
+        found = _read_voc(source, folders, keep_difficult, one_based, skip_missing=skip_missing)
+    if classes is not None:
+        found = select_classes(found, [name.strip() for name in classes.split(",")])
+    drawn = not found.splits.get("val")
+    report = write_yolo(split_at_random(found, val_fraction, seed), output, str(source), link=link, overwrite=overwrite)
+    if as_json:
+        print_json({**report.to_json(), "val_fraction": val_fraction if drawn else None})
+    else:
+        _print_conversion(report, f"a random part of train, seed {seed}" if drawn else None)
+
+
+def _coco_files(source: Path, named: dict[SplitName, Path | None]) -> dict[SplitName, Path]:
+    from yolocore.data.coco import find_coco_files
+
+    chosen = {split: file for split, file in named.items() if file is not None}
+    return chosen if "train" in chosen else {**find_coco_files(source), **chosen}
+
+
+def _read_coco(
+    source: Path, files: dict[SplitName, Path], images: tuple[Path, ...], *, polygons: bool, skip_missing: bool
+) -> SourceDataset:
+    from yolocore.data.coco import read_coco
+
+    root = source.parent if source.is_file() else source
+    return read_coco(files, root, images, polygons=polygons, skip_missing=skip_missing)
+
+
+def _read_voc(
+    source: Path, images: tuple[Path, ...], keep_difficult: bool, one_based: bool, *, skip_missing: bool
+) -> SourceDataset:
+    from yolocore.data.voc import read_voc
+
+    return read_voc(source, images, keep_difficult=keep_difficult, one_based=one_based, skip_missing=skip_missing)
+
+
+def _print_conversion(report: ConversionReport, drawn: str | None) -> None:
+    table = Table("class", *report.images, box=None, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for index, name in enumerate(report.names):
+        table.add_row(name, *(str(counts[index]) for counts in report.boxes.values()))
+    table.add_row("images", *map(str, report.images.values()), style="dim")
+    table.add_row("  without objects", *map(str, report.background.values()), style="dim")
+    out.print(table)
+    for reason, count in report.skipped.items():
+        out.print(f"left out: {count} {reason}", style="yellow", highlight=False)
+    if report.polygons:
+        out.print(f"{report.polygons} objects are polygons", highlight=False)
+    if drawn is not None:
+        out.print(f"val is {drawn}", highlight=False)
+    out.print(f"data set YAML: {report.yaml}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _write_sheet(

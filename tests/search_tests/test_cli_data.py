@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import cv2
+import numpy as np
 import pytest
 from tiny import write_data
 
@@ -44,7 +45,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_data(tmp_path_factory.mktemp("digits"))
 
 
-@pytest.mark.parametrize("command", ["check"])
+@pytest.mark.parametrize("command", ["check", "convert"])
 def test_help_of_every_data_command_has_an_example(yolosearch: Command, command: str) -> None:
     result = yolosearch("data", command, "--help")
     assert (result.code, f"Example: yolosearch data {command} " in result.out) == (0, True)
@@ -94,3 +95,57 @@ def test_data_check_bad_input_one_line(yolosearch: Command, words: tuple[str, ..
     assert (result.code, result.out) == (2, "")
     assert message in result.err
     assert result.err.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------------- convert
+
+
+def coco_folder(folder: Path) -> Path:
+    images = []
+    for number in range(5):
+        (folder / "images").mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(folder / "images" / f"{number}.png"), np.full((20, 40, 3), number, np.uint8))
+        images.append({"id": number, "file_name": f"{number}.png", "width": 40, "height": 20})
+    objects = [{"image_id": number, "category_id": 8, "bbox": [4, 4, 8, 8]} for number in range(5)]
+    document = {"images": images, "annotations": objects, "categories": [{"id": 8, "name": "cell"}]}
+    (folder / "train.json").write_text(json.dumps(document))
+    return folder
+
+
+def test_data_convert_then_check_is_usable(yolosearch: Command, tmp_path: Path) -> None:
+    source, out = coco_folder(tmp_path / "coco"), tmp_path / "yolo"
+    result = yolosearch("data", "convert", "--from", "coco", source, out)
+    assert result.code == 0
+    assert "val is a random part of train, seed 0" in result.out
+    report = json.loads(yolosearch("data", "check", out / "data.yaml", "--json").out)
+    assert [(split["split"], split["images"], split["boxes"]) for split in report["splits"]] == [
+        ("train", 4, 4),
+        ("val", 1, 1),
+    ]
+
+
+def test_data_convert_json_and_one_file_as_source(yolosearch: Command, tmp_path: Path) -> None:
+    source = coco_folder(tmp_path / "coco") / "train.json"
+    result = yolosearch("data", "convert", "--from", "coco", source, tmp_path / "o", "--val-fraction", 0.4, "--json")
+    report = json.loads(result.out)
+    assert (report["images"], report["boxes"]["val"]) == ({"train": 3, "val": 2}, {"cell": 2})
+    assert report["skipped"] == {}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--from", "coco", "missing", "out"), "missing: no such file or folder"),
+        (("--from", "voc", ".", "out", "--train", "a.json"), "--train, --val, --test: only for coco"),
+        (("--from", "voc", ".", "out"), ".: no XML file in it or in Annotations"),
+    ],
+)
+def test_data_convert_bad_input_one_line(
+    yolosearch: Command, words: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = yolosearch("data", "convert", *words)
+    assert (result.code, result.out) == (2, "")
+    assert message in result.err
+    assert result.err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
