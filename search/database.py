@@ -28,6 +28,10 @@ from search.errors import DatabaseError, UserInputError
 STORAGE_URL_VARIABLE = "YOLOSEARCH_STORAGE_URL"
 SQLITE_BUSY_SECONDS = 60.0
 INIT_LOCK_SECONDS = 120.0
+HALTED_SECONDS = 15
+"""PostgreSQL ends a transaction that its client leaves alone for so long: a halted process must not keep its locks."""
+POOL = {"pool_size": 1, "max_overflow": 4, "pool_timeout": 60, "pool_use_lifo": True}
+"""A worker's threads take turns at one connection and open others only while they collide: servers have few."""
 READ_ONLY = {"yolosearch_begin": "DEFERRED"}
 """Execution options of a transaction that only reads: on SQLite it waits for no writer."""
 
@@ -129,7 +133,8 @@ def engine_options(url: str | URL) -> dict[str, Any]:
     """Keyword arguments for `sqlalchemy.create_engine` (also Optuna's `engine_kwargs`) that suit the URL's database.
 
     PostgreSQL sessions are pinned to UTC, since Optuna stores naive timestamps, and a host that vanishes is noticed
-    within half a minute instead of after the kernel's quarter of an hour.
+    within half a minute instead of after the kernel's quarter of an hour. A transaction that is left alone for
+    `HALTED_SECONDS` is ended by the server.
     """
     parsed = make_url(url)
     if parsed.get_backend_name() == "sqlite":
@@ -145,8 +150,10 @@ def engine_options(url: str | URL) -> dict[str, Any]:
         "application_name": "yolosearch",
     }
     connect_args = {key: value for key, value in defaults.items() if key not in parsed.query}
-    connect_args["options"] = f"{options} -c timezone=UTC".strip()
-    return {"connect_args": connect_args, "pool_pre_ping": True, "isolation_level": "READ COMMITTED"}
+    pinned = f"-c timezone=UTC -c idle_in_transaction_session_timeout={HALTED_SECONDS}s"
+    # What the URL says comes last and wins, all but the time zone.
+    connect_args["options"] = f"{pinned} {options} -c timezone=UTC".strip()
+    return {"connect_args": connect_args, "pool_pre_ping": True, "isolation_level": "READ COMMITTED", **POOL}
 
 
 def make_engine(url: str | URL, *, create: bool = True, pooled: bool = True) -> Engine:
@@ -167,7 +174,7 @@ def make_engine(url: str | URL, *, create: bool = True, pooled: bool = True) -> 
         _prepare_sqlite_file(path, create)
     options = engine_options(parsed)
     if not pooled:
-        options["poolclass"] = NullPool
+        options = {key: value for key, value in options.items() if key not in POOL} | {"poolclass": NullPool}
     try:
         engine = sa.create_engine(parsed, **options)
     except (ImportError, NoSuchModuleError) as error:
@@ -226,11 +233,45 @@ def _begin_sqlite(connection: Connection) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Conditions on commits
+
+_condition = threading.local()
+
+
+def watch_commits(engine: Engine) -> None:
+    """Lets `committing` work on the transactions of an engine."""
+    if not event.contains(engine, "commit", _check_condition):
+        event.listen(engine, "commit", _check_condition)
+
+
+@contextlib.contextmanager
+def committing(check: Callable[[Connection], None]) -> Iterator[None]:
+    """Inside, every transaction of this thread on a watched engine is committed only if `check` does not raise.
+
+    `check` runs in that transaction and may lock rows, so that what it has seen still holds when the commit is done.
+    What it raises rolls the transaction back.
+    """
+    _condition.check = check
+    try:
+        yield
+    finally:
+        _condition.check = None
+
+
+def _check_condition(connection: Connection) -> None:
+    check = getattr(_condition, "check", None)
+    if check is not None:
+        check(connection)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Errors and retries
 
 
 def is_transient(error: BaseException) -> bool:
     """Whether a database error may go away by itself: lost connection, restart, deadlock, busy file."""
+    if isinstance(error, sa.exc.TimeoutError):
+        return True  # all connections of this process are busy
     if not isinstance(error, DBAPIError):
         return False
     if error.connection_invalidated:
@@ -240,10 +281,11 @@ def is_transient(error: BaseException) -> bool:
         return _sqlite_is_busy(original)
     if not isinstance(error, sa.exc.OperationalError | sa.exc.InterfaceError):
         return False
-    # 08 connection, 40 rollback (deadlock, serialisation), 53300 too many connections, 57P restart;
+    # 08 connection, 25P03 left alone for too long, 40 rollback (deadlock, serialisation), 53300 too many connections,
+    # 57P restart;
     # a connection that cannot be made at all comes without a code.
     state = getattr(original, "sqlstate", None)
-    return state is None or state.startswith(("08", "40", "53300", "57P"))
+    return state is None or state.startswith(("08", "25P03", "40", "53300", "57P"))
 
 
 def _sqlite_is_busy(error: sqlite3.Error) -> bool:
@@ -251,23 +293,58 @@ def _sqlite_is_busy(error: sqlite3.Error) -> bool:
     return code is not None and code & 0xFF in {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL}
 
 
-def retry(operation: Callable[[], T], patience: float) -> T:
+def is_outage(error: BaseException) -> bool:
+    """Whether waiting may help: a lost connection or the like is anywhere in the chain of errors.
+
+    Optuna wraps the driver's error, raises another one while it handles it (its fallback queries use the broken
+    session), or leaves a name unbound.
+    """
+    chain: list[BaseException] = []
+    current: BaseException | None = error
+    while current is not None and current not in chain:
+        chain.append(current)
+        current = current.__cause__ or current.__context__
+    return any(is_transient(link) or _proxy_is_away(link) for link in chain)
+
+
+def _proxy_is_away(error: BaseException) -> bool:
+    """Whether Optuna's gRPC proxy does not answer, or has lost its own database."""
+    code = getattr(error, "code", None)
+    if not type(error).__module__.startswith("grpc") or not callable(code):
+        return False
+    name = getattr(code(), "name", "")
+    details = str(getattr(error, "details", lambda: "")())
+    return name in {"UNAVAILABLE", "DEADLINE_EXCEEDED"} or (name == "UNKNOWN" and "OperationalError" in details)
+
+
+def retry(
+    operation: Callable[[], T], patience: float, *, gives_up: Callable[[Exception, float], Exception] | None = None
+) -> T:
     """Runs `operation` until it succeeds, fails for good, or `patience` seconds have passed.
 
     The pauses grow from 50 ms to 3 s with jitter, so that many workers do not return to a restarted server in step.
     `operation` may have committed although its answer was lost: it has to be idempotent.
 
+    Args:
+        operation: what to do.
+        patience: seconds.
+        gives_up: makes the error for an outage that lasted longer, from the last error and `patience`.
+
     Raises:
-        The last error of `operation`, unchanged.
+        The last error of `operation`, unchanged without `gives_up`.
     """
     deadline = time.monotonic() + patience
     pause = 0.05
     while True:
         try:
             return operation()
-        except DBAPIError as error:
-            if not is_transient(error) or time.monotonic() + pause > deadline:
+        except Exception as error:
+            if not is_outage(error):
                 raise
+            if time.monotonic() + pause > deadline:
+                if gives_up is None:
+                    raise
+                raise gives_up(error, patience) from error
         time.sleep(random.uniform(0.5, 1.0) * pause)
         pause = min(2 * pause, 3.0)
 

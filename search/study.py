@@ -5,20 +5,21 @@ repeated without changing the outcome, and waits out a database that is away for
 
 Three rules make many workers safe:
 
-- `ask` is called with a ticket in hand and under the ledger's ask lock, together with the ticket's link. The trial
-  carries its ticket's number from the moment it exists, so that after a crash the same ticket finds it again.
+- `ask` is called with a ticket in hand and needs no lock: a trial appears with its ticket's number and all its
+  parameters in one transaction, so that after a crash the same ticket finds it again, and the ledger's link decides
+  who owns it.
 - The sampler of ticket n is seeded from the study's name, its seed and n. Two workers that shared a seed would propose
   the same point; here a repeat of the same ticket does, and nobody else.
 - Steps are epochs done, counted from 1, on the study-wide grid of evaluated epochs.
 """
 
+import copy
 import hashlib
 import importlib.util
 import math
-import random
-import time
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import optuna
@@ -31,14 +32,16 @@ from optuna.trial import FrozenTrial, TrialState
 
 from search.config import StudyConfig
 from search.database import (
+    committing,
     configure_sqlite,
     database_errors,
     engine_options,
     init_lock,
-    is_transient,
     make_engine,
     mask_url,
     refuse_foreign_schema,
+    retry,
+    watch_commits,
 )
 from search.errors import DatabaseError, StudyConfigError, UnknownStudyError
 from search.settings import (
@@ -72,7 +75,15 @@ FIXED_ATTR = "yolosearch:fixed"
 ASKED_ATTR = "yolosearch:asked"
 """Attribute of a trial: the step at which its pruner was asked last, and the rungs it had before."""
 
+TPE_HISTORY = 2000
+"""Trials that TPE learns from: the best `TPE_BEST` and the latest. A study of up to so many is used whole."""
+
+TPE_BEST = 200
+"""Many more than the 25 that TPE counts as good, so that these are the same ones with and without the limit."""
+
 _RUNG_PREFIX = "completed_rung_"
+_UNBORN = -1
+"""Id of a trial that the sampler proposes to and that is not in the storage yet."""
 
 T = TypeVar("T")
 
@@ -114,6 +125,7 @@ def open_storage(url: str) -> RDBStorage:
         with database_errors(url), init_lock(url):
             storage = RDBStorage(url, engine_kwargs=engine_options(url))
             configure_sqlite(storage.engine)
+            watch_commits(storage.engine)
     except (StorageInternalError, RuntimeError) as error:
         raise DatabaseError(f"{mask_url(url)}: {_first_line(error.__cause__ or error)}") from error
     return storage
@@ -125,38 +137,17 @@ def _first_line(error: BaseException) -> str:
 
 
 def _retry(operation: Callable[[], T], patience: float = PATIENCE_SECONDS) -> T:
-    """Repeat an idempotent storage call, with growing pauses and jitter, while the database is away.
+    """Repeats an idempotent storage call while the database is away.
 
     Raises:
         DatabaseError: it was still away after `patience` seconds.
     """
-    deadline = time.monotonic() + patience
-    pause = 0.05
-    while True:
-        try:
-            return operation()
-        except Exception as error:
-            if not _is_outage(error):
-                raise
-            if time.monotonic() + pause > deadline:
-                reason = _first_line(error.__cause__ or error)
-                raise DatabaseError(f"the study's database did not answer for {patience:g} s: {reason}") from error
-        time.sleep(random.uniform(0.5, 1.0) * pause)
-        pause = min(2 * pause, 3.0)
+    return retry(operation, patience, gives_up=_gone)
 
 
-def _is_outage(error: BaseException) -> bool:
-    """Whether waiting may help.
-
-    Optuna wraps the driver's error, raises another one while it handles it (its fallback queries use the broken
-    session), or leaves a name unbound; so what counts is whether a lost connection is anywhere in the chain.
-    """
-    chain: list[BaseException] = []
-    current: BaseException | None = error
-    while current is not None and current not in chain:
-        chain.append(current)
-        current = current.__cause__ or current.__context__
-    return any(is_transient(link) for link in chain)
+def _gone(error: Exception, patience: float) -> DatabaseError:
+    reason = _first_line(error.__cause__ or error)
+    return DatabaseError(f"the study's database did not answer for {patience:g} s: {reason}")
 
 
 # ---- samplers and pruners --------------------------------------------------------------------------------------------
@@ -301,20 +292,23 @@ def ask(
     study: optuna.Study,
     config: StudyConfig,
     ticket_number: int,
-    linked: Collection[int],
+    linked: Collection[int] | Callable[[Mapping[int, int | None]], Collection[int]],
     fixed_params: Mapping[str, float] | None = None,
+    condition: Callable[[Any], None] | None = None,
 ) -> AskedTrial:
-    """The trial of a ticket that has none yet. Hold the ledger's ask lock until the ticket is linked.
+    """The trial of a ticket that has none yet, to be linked to it.
 
-    A RUNNING trial that no ticket links is adopted before another one is created: the ticket's own, or one whose
-    parameters any ticket may take.
+    A RUNNING trial that nobody owns is adopted before another one is created: the ticket's own, or one whose
+    parameters any ticket may take. Needs no lock: of two tickets that adopt the same trial, the ledger links one.
 
     Args:
         study: the Optuna study.
         config: its configuration.
         ticket_number: number of the ticket.
-        linked: ids of the trials that tickets link.
+        linked: ids of the trials that other tickets own or may still link; or a function that finds them, given the
+            RUNNING trials as id and the number of the ticket that each was made for.
         fixed_params: parameters that ride on the ticket; the base's values complete them.
+        condition: called inside the transaction that makes the trial; what it raises undoes that.
 
     Raises:
         StudyConfigError: fixed parameters outside the space, or a ticket beyond the end of a grid.
@@ -322,18 +316,27 @@ def ask(
     fixed = _fixed_params(config, ticket_number, fixed_params)
 
     def find_or_create() -> AskedTrial:
-        sampler = create_sampler(config, ticket_seed(config, ticket_number))
-        fresh = optuna.load_study(
-            study_name=study.study_name, storage=study._storage, sampler=sampler, pruner=study.pruner
-        )
-        trial_id = _adoptable(fresh, ticket_number, set(linked), is_fixed=fixed is not None)
-        if trial_id is None:
-            trial_id = _create_trial(fresh, config, ticket_number, fixed)
-        return _with_params(fresh, trial_id, distributions(config))
+        trials = study.get_trials(deepcopy=False)
+        running = [trial for trial in trials if trial.state is TrialState.RUNNING]
+        tickets = {trial._trial_id: trial.user_attrs.get(TICKET_ATTR) for trial in running}
+        owned = linked(tickets) if callable(linked) else linked
+        left = [trial for trial in running if trial._trial_id not in owned]
+        adopted = _adoptable(left, ticket_number, is_fixed=fixed is not None)
+        if adopted is not None:
+            return _with_params(study, config, ticket_number, adopted._trial_id)
+        template = _template(study, config, ticket_number, fixed, trials)
+        with committing(condition) if condition is not None else nullcontext():
+            trial_id = study._storage.create_new_trial(study._study_id, template_trial=template)
+        return AskedTrial(trial_id, _number_of(study._storage, trial_id), template.params)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         return _retry(find_or_create)
+
+
+def warm_up(study: optuna.Study) -> None:
+    """Reads the finished trials once, for seconds where there are ten thousand; later reads get what is new."""
+    _retry(lambda: study.get_trials(deepcopy=False))
 
 
 def _fixed_params(
@@ -353,51 +356,168 @@ def _fixed_params(
     return points[ticket_number]
 
 
-def _adoptable(study: optuna.Study, ticket_number: int, linked: set[int], *, is_fixed: bool) -> int | None:
-    left = [trial for trial in _running(study) if trial._trial_id not in linked]
+def _adoptable(left: Sequence[FrozenTrial], ticket_number: int, *, is_fixed: bool) -> FrozenTrial | None:
     own = [trial for trial in left if trial.user_attrs.get(TICKET_ATTR) == ticket_number]
     free = [] if is_fixed else [trial for trial in left if not trial.user_attrs.get(FIXED_ATTR)]
-    return next((trial._trial_id for trial in [*own, *free]), None)
+    return next(iter([*own, *free]), None)
 
 
-def _create_trial(
-    study: optuna.Study, config: StudyConfig, ticket_number: int, fixed: Mapping[str, float] | None
-) -> int:
-    """A RUNNING trial that knows its ticket, and its fixed parameters, in one transaction."""
-    template = optuna.trial.create_trial(
+def _template(
+    study: optuna.Study,
+    config: StudyConfig,
+    ticket_number: int,
+    fixed: Mapping[str, float] | None,
+    trials: Sequence[FrozenTrial],
+) -> FrozenTrial:
+    """A RUNNING trial that knows its ticket and has its parameters."""
+    space = distributions(config)
+    params, notes = (dict(fixed), {}) if fixed is not None else _propose(study, config, ticket_number, trials, {})
+    return optuna.trial.create_trial(
         state=TrialState.RUNNING,
-        params=dict(fixed or {}),
-        distributions=distributions(config) if fixed is not None else {},
+        params={key: params[key] for key in space},
+        distributions=space,
         user_attrs={TICKET_ATTR: ticket_number, **({FIXED_ATTR: True} if fixed is not None else {})},
+        system_attrs=notes,
     )
-    return study._storage.create_new_trial(study._study_id, template_trial=template)
 
 
-def _with_params(study: optuna.Study, trial_id: int, space: Mapping[str, BaseDistribution]) -> AskedTrial:
-    """Let the sampler choose what the trial does not have yet: after a crash between two parameters, the rest."""
+def _number_of(storage: BaseStorage, trial_id: int) -> int:
+    """The number of a trial that was just created; Optuna's cache in front of a database has it, and gives only ids."""
+    known: Mapping[int, tuple[int, int]] = getattr(storage, "_trial_id_to_study_id_and_number", {})
+    return known[trial_id][1] if trial_id in known else storage.get_trial_number_from_id(trial_id)
+
+
+def _with_params(study: optuna.Study, config: StudyConfig, ticket_number: int, trial_id: int) -> AskedTrial:
+    """What an adopted trial has; earlier versions wrote parameters one by one, so some may be missing."""
+    space = distributions(config)
     frozen = study._storage.get_trial(trial_id)
-    if set(frozen.params) >= set(space):
-        return AskedTrial(trial_id, frozen.number, {key: frozen.params[key] for key in space})
-    trial = optuna.Trial(study, trial_id)
-    return AskedTrial(trial_id, trial.number, {key: _suggest(trial, key, space[key]) for key in space})
-
-
-def _suggest(trial: optuna.Trial, key: str, distribution: BaseDistribution) -> float:
-    if isinstance(distribution, CategoricalDistribution):
-        return float(trial.suggest_categorical(key, distribution.choices))  # type: ignore[arg-type]
-    assert isinstance(distribution, FloatDistribution)
-    low, high, step = distribution.low, distribution.high, distribution.step
-    return trial.suggest_float(key, low, high, log=distribution.log, step=step)
+    params = dict(frozen.params)
+    if not set(params) >= set(space):
+        others = [trial for trial in study.get_trials(deepcopy=False) if trial._trial_id != trial_id]
+        params, _ = _propose(study, config, ticket_number, others, params)
+        for key in [key for key in space if key not in frozen.params]:
+            study._storage.set_trial_param(trial_id, key, space[key].to_internal_repr(params[key]), space[key])
+    return AskedTrial(trial_id, frozen.number, {key: params[key] for key in space})
 
 
 def _running(study: optuna.Study) -> list[FrozenTrial]:
     return study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
 
 
-def orphans(study: optuna.Study, linked: Collection[int]) -> tuple[int, ...]:
-    """Ids of the RUNNING trials that no ticket links. Under the ask lock these have lost their worker.
+# ---- proposals -------------------------------------------------------------------------------------------------------
 
-    `ask` adopts them; what is left when all tickets are spent can be told FAIL.
+
+def _propose(
+    study: optuna.Study,
+    config: StudyConfig,
+    ticket_number: int,
+    trials: Sequence[FrozenTrial],
+    known: Mapping[str, float],
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """What the sampler proposes to a trial that does not exist yet.
+
+    Optuna's own `suggest` writes every parameter in a transaction of its own to a trial that others see half made.
+    Here the sampler runs first, on one reading of the history, and holds nothing up however long it takes.
+
+    Args:
+        study: the Optuna study.
+        config: its configuration; its space is every trial's.
+        ticket_number: seeds the sampler.
+        trials: all trials, by number.
+        known: parameters that the trial has already.
+
+    Returns:
+        All parameters, and what the sampler wants to find on the trial later (its system attributes).
+    """
+    space = distributions(config)
+    sampler = create_sampler(config, ticket_seed(config, ticket_number))
+    if isinstance(sampler, optuna.samplers.QMCSampler):
+        # The sequence's own counter in the study would give one point to two tickets at the same time.
+        sampler._find_sample_id = lambda *_: ticket_number - 1  # type: ignore[method-assign]
+    trial = optuna.trial.create_trial(state=TrialState.RUNNING, params={}, distributions={})
+    trial.number, trial._trial_id = len(trials), _UNBORN
+    view = copy.copy(study)
+    view.sampler = sampler
+    view._storage = reading = _Reading(study._storage, trial, _history(config, trials))  # type: ignore[assignment]
+    sampler.before_trial(view, trial)
+    # Trial 0 had the whole space, so what samplers infer from the history is the space itself, once there is some.
+    open_space = {key: entry for key, entry in space.items() if not entry.single() and key not in known}
+    is_relative = len(trials) > 0 and not isinstance(sampler, optuna.samplers.RandomSampler)
+    drawn = sampler.sample_relative(view, trial, open_space) if is_relative else {}
+    params = dict(known)
+    for key, entry in space.items():
+        if key not in known:
+            params[key] = float(_value(view, trial, key, entry, drawn))
+    return params, reading.notes
+
+
+def _value(
+    view: optuna.Study, trial: FrozenTrial, key: str, entry: BaseDistribution, drawn: Mapping[str, Any]
+) -> float:
+    """As Optuna's `Trial.suggest` chooses between the two ways of sampling."""
+    if isinstance(entry, CategoricalDistribution) and entry.single():
+        return float(entry.choices[0])  # type: ignore[arg-type]
+    if isinstance(entry, FloatDistribution) and entry.single():
+        return entry.low
+    if key in drawn and entry._contains(entry.to_internal_repr(drawn[key])):
+        return float(drawn[key])
+    return float(view.sampler.sample_independent(view, trial, key, entry))
+
+
+def _history(config: StudyConfig, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """What the sampler learns from. TPE's cost grows with it, so it gets the best and the latest of a long one."""
+    if not isinstance(config.sampler, TpeSampler) or len(trials) <= TPE_HISTORY:
+        return list(trials)
+    complete = [trial for trial in trials if trial.state is TrialState.COMPLETE]
+    best = sorted(complete, key=lambda trial: trial.values[0], reverse=True)[:TPE_BEST]
+    kept = {trial.number: trial for trial in [*best, *trials[-(TPE_HISTORY - TPE_BEST) :]]}
+    return [kept[number] for number in sorted(kept)]
+
+
+class _Reading:
+    """One reading of the trials, as a sampler's storage.
+
+    What the sampler notes on the trial that does not exist yet is kept in `notes`; all else goes to the storage.
+    """
+
+    def __init__(self, storage: BaseStorage, trial: FrozenTrial, trials: Sequence[FrozenTrial]) -> None:
+        self._storage = storage
+        self._trial = trial
+        self._trials = trials
+        self._noted: dict[str, Any] = {}
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        """Attributes for the new trial. TPE notes a proposal until the parameters are there, and here they are."""
+        return {key: value for key, value in self._noted.items() if not key.startswith("tpe:relative_params")}
+
+    def get_all_trials(
+        self, _study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
+    ) -> list[FrozenTrial]:
+        """The trials as they were read."""
+        found = [trial for trial in self._trials if states is None or trial.state in states]
+        return copy.deepcopy(found) if deepcopy else found
+
+    def get_trial(self, trial_id: int) -> FrozenTrial:
+        """The new trial, or one that exists."""
+        return self._trial if trial_id == _UNBORN else self._storage.get_trial(trial_id)
+
+    def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
+        """Keeps a note on the new trial, writes one on another."""
+        if trial_id != _UNBORN:
+            self._storage.set_trial_system_attr(trial_id, key, value)
+            return
+        self._noted[key] = value
+        self._trial.system_attrs[key] = value
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._storage, name)
+
+
+def orphans(study: optuna.Study, linked: Collection[int]) -> tuple[int, ...]:
+    """Ids of the RUNNING trials that no ticket links: their worker may be about to, or lost them.
+
+    `ask` adopts what is lost; what is left when all tickets are spent can be told FAIL.
     """
     known = set(linked)
     return tuple(trial._trial_id for trial in _retry(lambda: _running(study)) if trial._trial_id not in known)

@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 from search.database import STORAGE_URL_VARIABLE
 from search.errors import DatabaseError
-from search.ledger import Ledger, TicketState
+from search.ledger import Ledger
 from search.paths import StudyFolder
 from search.worker.existing import HANG_SECONDS
 
@@ -160,8 +160,7 @@ class LocalLauncher:
 
     def _gives_up(self, child: _Child) -> bool:
         """Counts a restart; those since the study last moved on must stay few."""
-        tickets = self.ledger.tickets(self.plan.folder.study)
-        progress = sum(ticket.epochs_done + ticket.state.is_final for ticket in tickets)
+        progress = self.ledger.progress(self.plan.folder.study)
         child.restarts = child.restarts + 1 if progress == child.progress else 1
         child.progress = progress
         return child.restarts > MAX_RESTARTS_WITHOUT_PROGRESS
@@ -173,9 +172,7 @@ class LocalLauncher:
 
     def _hand_back(self, worker_ids: Iterable[str]) -> None:
         """Frees what processes held that had to be killed; they were asked to end, so no trial is charged."""
-        names = set(worker_ids)
-        tickets = self.ledger.tickets(self.plan.folder.study) if names else ()
-        self.ledger.hand_back(t for t in tickets if t.worker in names and t.state is TicketState.RUNNING)
+        self.ledger.hand_back(self.ledger.held_by(worker_ids))
 
     def _bury(self, child: _Child, timeout: float) -> bool:
         """Waits for the end of a process; False if there is none."""

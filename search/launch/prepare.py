@@ -228,8 +228,7 @@ def _resume(ledger: Ledger, plan: StudyPlan, record: StudyRecord, more_trials: i
             f"{plan.data}: fingerprint {plan.fingerprint} is not that of study {frozen.name} ({record.fingerprint}): "
             "images, labels or names changed since it was created; allowed: the same data, or another study name"
         )
-    # A retry is another attempt at a trial of the budget, no trial of its own.
-    have = sum(ticket.kind == "search" and ticket.retry_of is None for ticket in ledger.tickets(frozen.name))
+    have = ledger.budget(frozen.name)
     missing = max(0, plan.config.trials - have) + more_trials
     _check_grid(plan.config, have + missing)
     if missing:

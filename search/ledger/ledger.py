@@ -1,15 +1,14 @@
 """The `Ledger`: the only truth of what a study's trials are and who owns them."""
 
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import IntegrityError
 
-from search.database import READ_ONLY, check_study_name, database_errors, named_lock, retry
+from search.database import READ_ONLY, check_study_name, database_errors, retry
 from search.errors import DatabaseError, StudyConflictError, UserInputError
 from search.ledger import claims, schema
 from search.ledger.records import EpochRow, StateCount, StudyRecord, Ticket, TicketState, WorkerRow, WorkerState
@@ -20,6 +19,7 @@ from search.ledger.rows import (
     finite_or_none,
     held,
     lock_held,
+    lost,
     read_epoch,
     read_study,
     read_ticket,
@@ -31,7 +31,7 @@ from search.ledger.rows import (
 from search.ledger.tables import epoch_table, study_table, ticket_table, worker_table
 
 SEARCH = "search"
-ASK_LOCK_SECONDS = 600.0
+FINAL = tuple(state for state in TicketState if state.is_final)
 
 T = TypeVar("T")
 
@@ -332,14 +332,39 @@ class Ledger:
 
     # -- a holder's writes --------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def ask_lock(self, study: str, timeout: float = ASK_LOCK_SECONDS) -> Iterator[None]:
-        """Held around Optuna's `ask` and `link_trial`; freed when the process dies.
+    def owned_trial_ids(self, ticket: Ticket, running: Mapping[int, int | None]) -> set[int]:
+        """Which RUNNING trials of Optuna the ticket may not have: others own them, or may be about to link them.
 
-        Under it, a RUNNING trial that no ticket links was left by a crash between the two and may be adopted.
+        A trial's maker may still link it as long as the ticket it was made for is open and has no trial. One that was
+        made for `ticket` itself is what an earlier attempt left.
+
+        Args:
+            ticket: as claimed; it has no trial yet.
+            running: id of each such trial, and the number of the ticket that it was made for.
+
+        Raises:
+            LeaseLostError: the ticket is no longer held.
         """
-        with named_lock(self._engine.url, f"ask-{check_study_name(study)}", timeout):
-            yield
+        columns = ticket_table.c
+        makers = {number for number in running.values() if number is not None}
+        mine = columns.id == ticket.id
+        linked = columns.trial_id.in_(sorted(running))
+        made = (columns.kind == ticket.kind) & columns.number.in_(sorted(makers))
+        wanted = (columns.study == ticket.study) & (mine | linked | made)
+        query = sa.select(columns.id, columns.number, columns.state, columns.attempt, columns.trial_id).where(wanted)
+        rows = self._read(lambda connection: connection.execute(query).all())
+        if not any(row[:4] == (ticket.id, ticket.number, TicketState.RUNNING, ticket.attempt) for row in rows):
+            raise lost(ticket)
+        open_makers = {
+            row.number for row in rows if row.trial_id is None and row.state not in FINAL and row.id != ticket.id
+        }
+        taken = {row.trial_id for row in rows if row.trial_id is not None}
+        return {id_ for id_, maker in running.items() if id_ in taken or maker in open_makers}
+
+    @staticmethod
+    def condition(ticket: Ticket) -> Callable[[Connection], None]:
+        """For writes by others in this database: raises LeaseLostError in their transaction unless the lease holds."""
+        return lambda connection: lock_held(connection, ticket)
 
     def linked_trial_ids(self, study: str, among: Iterable[int] | None = None) -> set[int]:
         """Ids of the Optuna trials that tickets own; with `among` only those of them, which is cheaper."""
@@ -555,16 +580,92 @@ class Ledger:
         """How many tickets failed since the last one that did not (or since the study was told to go on)."""
         columns = ticket_table.c
         of_study = columns.study == study
-        success = columns.state.in_([TicketState.COMPLETE, TicketState.PRUNED])
+
+        def last(connection: Connection, state: TicketState) -> float:
+            query = sa.select(sa.func.max(columns.finished)).where(of_study & (columns.state == state))
+            return connection.execute(query).scalar() or 0.0
 
         def count(connection: Connection) -> int:
             resumed = read_study(connection, study).resumed or 0.0
-            last = connection.execute(sa.select(sa.func.max(columns.finished)).where(of_study & success)).scalar()
-            after = columns.finished > max(resumed, last or 0.0)
+            # Each is the end of an index; the three in one query would read all that is finished.
+            success = max(last(connection, TicketState.COMPLETE), last(connection, TicketState.PRUNED))
+            after = columns.finished > max(resumed, success)
             failed = sa.select(sa.func.count()).where(of_study & (columns.state == TicketState.FAIL) & after)
             return int(connection.execute(failed).scalar_one())
 
         return self._read(count)
+
+    def latest_failures(self, study: str, count: int) -> tuple[Ticket, ...]:
+        """The last `count` tickets that failed, oldest first."""
+        columns = ticket_table.c
+        failed = (columns.study == study) & (columns.state == TicketState.FAIL)
+        query = sa.select(*TICKET_COLUMNS).where(failed).order_by(columns.finished.desc()).limit(count)
+        found = self._read(lambda connection: [ticket_of(row) for row in connection.execute(query)])
+        return tuple(reversed(found))
+
+    # -- sums over a study, which cost the same however many trials are finished --------------------------------------
+
+    def open_counts(self, study: str) -> dict[TicketState, int]:
+        """How many tickets wait and how many run."""
+        columns = ticket_table.c
+        states = (TicketState.WAITING, TicketState.RUNNING)
+        query = (
+            sa.select(columns.state, sa.func.count())
+            .where((columns.study == study) & columns.state.in_(states))
+            .group_by(columns.state)
+        )
+        found = self._read(lambda connection: {row[0]: row[1] for row in connection.execute(query)})
+        return {state: found.get(state, 0) for state in states}
+
+    def best(self, study: str) -> Ticket | None:
+        """The complete search ticket of the highest value, the first of equals."""
+        columns = ticket_table.c
+        complete = (columns.study == study) & (columns.state == TicketState.COMPLETE) & columns.value.is_not(None)
+        query = sa.select(*TICKET_COLUMNS).where(complete & (columns.kind == SEARCH))
+        first = query.order_by(columns.value.desc(), columns.number).limit(1)
+        row = self._read(lambda connection: connection.execute(first).one_or_none())
+        return None if row is None else ticket_of(row)
+
+    def best_value(self, study: str, until: float) -> float | None:
+        """The highest value among the search tickets that were complete at a time (UTC epoch seconds)."""
+        columns = ticket_table.c
+        complete = (columns.study == study) & (columns.state == TicketState.COMPLETE) & (columns.kind == SEARCH)
+        query = sa.select(sa.func.max(columns.value)).where(complete & (columns.finished <= until))
+        return self._read(lambda connection: connection.execute(query).scalar())
+
+    def progress(self, study: str) -> int:
+        """A number that grows with every secured epoch and every ended trial."""
+        columns = ticket_table.c
+        ended = sa.case((columns.state.in_(FINAL), 1), else_=0)
+        query = sa.select(sa.func.sum(columns.epochs_done + ended)).where(columns.study == study)
+        return int(self._read(lambda connection: connection.execute(query).scalar()) or 0)
+
+    def budget(self, study: str, *, kind: str = SEARCH) -> int:
+        """How many tickets there are; a retry is another attempt at a trial of the budget and does not count."""
+        columns = ticket_table.c
+        counted = (columns.study == study) & (columns.kind == kind) & columns.retry_of.is_(None)
+        query = sa.select(sa.func.count()).where(counted)
+        return int(self._read(lambda connection: connection.execute(query).scalar_one()))
+
+    def held_by(self, workers: Iterable[str]) -> tuple[Ticket, ...]:
+        """The tickets that some workers hold."""
+        names = sorted(workers)
+        held_now = ticket_table.c.worker.in_(names) & (ticket_table.c.state == TicketState.RUNNING)
+        return self._tickets(held_now) if names else ()
+
+    def ended_by(self, worker: str) -> int:
+        """How many tickets a worker has spent."""
+        mine = (ticket_table.c.worker == worker) & ticket_table.c.state.in_(FINAL)
+        query = sa.select(sa.func.count()).where(mine)
+        return int(self._read(lambda connection: connection.execute(query).scalar_one()))
+
+    def unsettled(self, study: str) -> tuple[int, ...]:
+        """Ids of the tickets whose end, or return to the queue, Optuna and MLflow may not know yet."""
+        columns = ticket_table.c
+        unmirrored = columns.state.in_(FINAL) & columns.mirrored.is_(False)
+        handed_back = (columns.state == TicketState.WAITING) & columns.run_id.is_not(None)
+        query = sa.select(columns.id).where((columns.study == study) & (unmirrored | handed_back)).order_by(columns.id)
+        return self._read(lambda connection: tuple(connection.execute(query).scalars()))
 
     # -- workers ------------------------------------------------------------------------------------------------------
 
@@ -592,9 +693,11 @@ class Ledger:
         mine = sa.update(worker_table).where(worker_table.c.id == worker_id)
         self._write(lambda connection: connection.execute(mine.values(state=WorkerState.EXITED)))
 
-    def workers(self, study: str) -> tuple[WorkerRow, ...]:
-        """All workers that ever registered, oldest first."""
+    def workers(self, study: str, state: WorkerState | None = None) -> tuple[WorkerRow, ...]:
+        """All workers that ever registered, or those in one state, oldest first."""
         query = sa.select(worker_table).where(worker_table.c.study == study)
+        if state is not None:
+            query = query.where(worker_table.c.state == state)
         ordered = query.order_by(worker_table.c.started, worker_table.c.id)
         return self._read(lambda connection: tuple(worker_of(row) for row in connection.execute(ordered)))
 

@@ -116,11 +116,14 @@ ticket_table = sa.Table(
     # The claim (or the addition) that wrote this row last; see study_table.c.token.
     sa.Column("token", sa.String(32), nullable=False),
     sa.UniqueConstraint("study", "kind", "number"),
-    # Two tickets can never own one trial, whatever becomes of the ask lock.
+    # Two tickets can never own one trial, even if both try to adopt it.
     sa.UniqueConstraint("study", "trial_id"),
     # Of two processes that retry a ticket at the same time, one fails.
     sa.Index(None, "study", "kind", "retry_of", unique=True),
     sa.Index(None, "study", "state", "number"),
+    # The latest end and the best value per state, however many trials there are.
+    sa.Index(None, "study", "state", "finished"),
+    sa.Index(None, "study", "state", "value"),
     sa.Index(None, "worker", "state"),
 )
 

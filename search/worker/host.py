@@ -65,8 +65,6 @@ def release_dead_neighbours(ledger: Ledger, study: str) -> int:
     here = host_identity()
     return sum(
         ledger.release_worker(worker.id)
-        for worker in ledger.workers(study)
-        if worker.state is WorkerState.RUNNING
-        and worker.host.rpartition(_SEPARATOR)[0] == here
-        and not is_alive(worker.pid, worker.host)
+        for worker in ledger.workers(study, WorkerState.RUNNING)
+        if worker.host.rpartition(_SEPARATOR)[0] == here and not is_alive(worker.pid, worker.host)
     )

@@ -88,6 +88,7 @@ class Mirror:
         self._closing = threading.Event()
         self._sent: dict[int, int] = {}
         self._shown: dict[int, TicketState] = {}
+        self._summary: str | None = None
         self._thread = threading.Thread(target=self._run, name="mirror", daemon=True)
 
     def __enter__(self) -> Mirror:
@@ -112,10 +113,8 @@ class Mirror:
 
     def reconcile(self) -> None:
         """Queues every ticket that a worker left without its final state in Optuna and MLflow."""
-        for ticket in self._ledger.tickets(self._context.record.name):
-            handed_back = ticket.state is TicketState.WAITING and ticket.run_id is not None
-            if (ticket.state.is_final and not ticket.mirrored) or handed_back:
-                self.notify(ticket.id)
+        for ticket_id in self._ledger.unsettled(self._context.record.name):
+            self.notify(ticket_id)
 
     def sync(self, ticket_id: int) -> None:
         """Brings the copies of one ticket up to date; repeating it changes nothing."""
@@ -194,8 +193,7 @@ class Mirror:
             "metrics.json": json.dumps(curve, indent=1),
         }
         weights = self._context.folder.weights(ticket.number)
-        best = self._best()
-        if best is not None and best.id == ticket.id and weights.is_file():
+        if weights.is_file() and self._is_best(ticket):
             files["weights/best.safetensors"] = weights
         self._tracker.log_artifacts(run_id, files)
 
@@ -208,18 +206,15 @@ class Mirror:
         summary = self._summary_run()
         if ticket.finished is None or ticket.trial_number is None:
             return
-        complete = [t for t in self._complete() if t.finished is not None and t.finished <= ticket.finished]
-        if complete:
-            best = max(t.value or 0.0 for t in complete)
+        best = self._ledger.best_value(ticket.study, until=ticket.finished)
+        if best is not None:
             self._tracker.log_epochs(summary, [(ticket.trial_number, {"best/objective": best}, ticket.finished)])
-        counts = self._ledger.counts(ticket.study)
-        left = counts.get(TicketState.WAITING, 0) + counts.get(TicketState.RUNNING, 0)
-        if left == 0:
-            self._close_summary(summary, counts)
+        if not any(self._ledger.open_counts(ticket.study).values()):
+            self._close_summary(summary, self._ledger.counts(ticket.study))
 
     def _close_summary(self, run_id: str, counts: Mapping[TicketState, int]) -> None:
         tags = {f"yolosearch.trials.{state.lower()}": str(count) for state, count in counts.items()}
-        best = self._best()
+        best = self._ledger.best(self._context.record.name)
         if best is not None:
             tags["yolosearch.best_trial"] = str(best.trial_number)
             self._tracker.log_artifacts(run_id, {"hyp.best.yaml": self._hyp_text(best)})
@@ -228,6 +223,8 @@ class Mirror:
 
     def _summary_run(self) -> str:
         """The study's summary run, made once under the database's lock."""
+        if self._summary is not None:
+            return self._summary
         name = self._context.record.name
         run_id = self._ledger.study(name).summary_run_id
         if run_id is None:
@@ -237,14 +234,12 @@ class Mirror:
                 run_id = self._tracker.ensure_summary(name, self._context.tags, _flat(self._context.record.config))
                 self._tracker.log_artifacts(run_id, {"study.json": settings})
                 self._ledger.set_summary_run(name, run_id)
+        self._summary = run_id
         return run_id
 
-    def _complete(self) -> list[Ticket]:
-        tickets = self._ledger.tickets(self._context.record.name)
-        return [t for t in tickets if t.state is TicketState.COMPLETE and t.value is not None]
-
-    def _best(self) -> Ticket | None:
-        return max(self._complete(), key=lambda ticket: ticket.value or 0.0, default=None)
+    def _is_best(self, ticket: Ticket) -> bool:
+        best = self._ledger.best(self._context.record.name)
+        return best is not None and best.id == ticket.id
 
     def _run(self) -> None:
         pending: dict[int, None] = {}

@@ -19,7 +19,7 @@ from search.demo import write_digits
 from search.errors import SearchError, StudyConflictError
 from search.ledger import Ledger, StudyRecord
 from search.paths import StudyFolder
-from search.study import load_study, open_storage
+from search.study import load_study, open_storage, warm_up
 from search.tracking import Tracker, open_tracker
 from search.worker.context import WorkerContext
 from search.worker.existing import HANG_SECONDS, OUTAGE_SECONDS, open_existing
@@ -104,6 +104,7 @@ def run_worker(options: WorkerOptions) -> WorkerOutcome:
     record = ledger.study(options.study)
     config = StudyConfig.from_json(record.config)
     context = _open(options, ledger, record, config)
+    warm_up(context.study)
     ledger.register_worker(options.worker_id, options.study, process_identity(), os.getpid(), context.train.device)
     with (
         StopFlag(options.parent, options.stop_seconds).installed() as stop,

@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 
 from search.errors import LeaseLostError, StudyStoppedError
-from search.ledger import Ticket, TicketState, TrialTakenError
+from search.ledger import Ticket, TicketState
 from search.space import pack_limit
-from search.study import ask, orphans, tell
+from search.study import orphans, tell
 from search.worker.context import WorkerContext
 from search.worker.host import release_dead_neighbours
 from search.worker.lease import LeaseKeeper
+from search.worker.linking import link_trial
 from search.worker.mirror import Mirror
 from search.worker.pack_run import PackCrashedError, PackRun
 from search.worker.stop import StopFlag, StopRequested
@@ -64,18 +65,15 @@ class Worker:
 
     def _conclude(self) -> int:
         """Number of trials that ended here; after the last of the study, Optuna has no trial open either."""
-        tickets = self._ledger.tickets(self._config.name)
-        if all(ticket.state.is_final for ticket in tickets):
-            with self._ledger.ask_lock(self._config.name):
-                # A ticket that failed between `ask` and its link leaves a trial that nobody pays for.
-                linked = self._ledger.linked_trial_ids(self._config.name)
-                for trial_id in orphans(self._context.study, linked):
-                    tell(self._context.study, trial_id, TicketState.FAIL)
-        return sum(ticket.worker == self._context.worker_id and ticket.state.is_final for ticket in tickets)
+        if not any(self._ledger.open_counts(self._config.name).values()):
+            # A ticket that failed between `ask` and its link leaves a trial that nobody pays for.
+            linked = self._ledger.linked_trial_ids(self._config.name)
+            for trial_id in orphans(self._context.study, linked):
+                tell(self._context.study, trial_id, TicketState.FAIL)
+        return self._ledger.ended_by(self._context.worker_id)
 
     def _claim(self) -> tuple[Ticket, ...]:
-        counts = self._ledger.counts(self._config.name)
-        if counts[TicketState.WAITING] + counts[TicketState.RUNNING]:
+        if any(self._ledger.open_counts(self._config.name).values()):
             # Before anything is held: a signal that arrives during the first start finds nothing to hand back.
             self._trainer.start()
         if self._stop.is_set:
@@ -86,7 +84,7 @@ class Worker:
         return tickets
 
     def _others_are_busy(self) -> bool:
-        return self._ledger.counts(self._config.name).get(TicketState.RUNNING, 0) > 0
+        return self._ledger.open_counts(self._config.name)[TicketState.RUNNING] > 0
 
     def _past_deadline(self) -> bool:
         return self._context.deadline is not None and time.time() >= self._context.deadline
@@ -95,8 +93,7 @@ class Worker:
         count = self._ledger.failures_in_a_row(self._config.name)
         if count < self._config.max_failures_in_a_row:
             return
-        failed = [t for t in self._ledger.tickets(self._config.name) if t.state is TicketState.FAIL]
-        latest = sorted(failed, key=lambda ticket: ticket.finished or 0.0)[-count:]
+        latest = self._ledger.latest_failures(self._config.name, count)
         reasons = dict.fromkeys(ticket.reason or "no reason known" for ticket in latest)
         message = f"{count} trials in a row failed: {'; '.join(reasons)}"
         self._ledger.stop(self._config.name, message)
@@ -124,16 +121,7 @@ class Worker:
             self._mirror.notify(ticket.id)
 
     def _with_trial(self, ticket: Ticket) -> Ticket:
-        """Links the ticket to its Optuna trial: its own, one that a dead worker left unlinked, or a new one."""
-        while ticket.trial_id is None:
-            # A lock goes with its connection: if the database restarted meanwhile, another worker may have adopted
-            # the trial before it was linked here, and this ticket takes another one.
-            with self._ledger.ask_lock(self._config.name), suppress(TrialTakenError):
-                # Under the lock nobody is between `ask` and the link: an unlinked running trial has lost its owner.
-                linked = self._ledger.linked_trial_ids(self._config.name)
-                trial = ask(self._context.study, self._config, ticket.number, linked, ticket.fixed_params)
-                ticket = self._ledger.link_trial(ticket, trial.trial_id, trial.number, trial.params)
-        return ticket
+        return link_trial(self._ledger, self._context.study, self._config, ticket)
 
     def _train(self, tickets: Sequence[Ticket]) -> None:
         """Trains one pack; a pack that crashes is retried trial by trial, so that the guilty one fails alone."""

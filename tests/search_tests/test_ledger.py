@@ -3,6 +3,8 @@ import math
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from functools import partial
 from multiprocessing.pool import Pool
 from threading import Barrier
 from typing import Any
@@ -16,6 +18,7 @@ from sqlalchemy import event
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import OperationalError
 
+from search.config import parse_study
 from search.database import make_engine
 from search.errors import (
     DatabaseError,
@@ -25,8 +28,9 @@ from search.errors import (
     UnknownStudyError,
     UserInputError,
 )
-from search.ledger import MAX_STALLED, Ledger, StudyRecord, Ticket, TicketState, WorkerState
+from search.ledger import MAX_STALLED, Ledger, StudyRecord, Ticket, TicketState, TrialTakenError, WorkerState
 from search.ledger.tables import metadata, to_json_value
+from search.study import ask, create_study, load_study, open_storage
 
 RECORD = StudyRecord(
     name="s",
@@ -34,6 +38,16 @@ RECORD = StudyRecord(
     fingerprint="f0",
     versions={"torch": "2"},
     created=5.0,
+)
+SAMPLED = parse_study(
+    {
+        "name": "s",
+        "data": "builtin:digits",
+        "space": {"box": {"low": 0.02, "high": 0.2}},
+        "trials": 9,
+        "sampler": "tpe",
+    },
+    source="study.yaml",
 )
 EXPIRED = -1.0
 """Lease seconds of a holder that is late at once."""
@@ -440,6 +454,77 @@ def test_counts_every_state_is_a_key(ledger: Ledger) -> None:
     }
 
 
+def test_sums_over_a_study_count_what_its_tickets_say(ledger: Ledger) -> None:
+    first, second, third = ledger.claim("s", "a", 3, 600)
+    ledger.save_progress(first, 2, "c")
+    ledger.finish(first, TicketState.COMPLETE, 0.5, None)
+    ledger.finish(second, TicketState.COMPLETE, 0.5, None)
+    ledger.finish(third, TicketState.FAIL, None, "broke")
+    ledger.mark_mirrored(second.id)
+    fourth = claim_one(ledger, "b")
+
+    assert ledger.open_counts("s") == {TicketState.WAITING: 0, TicketState.RUNNING: 1}
+    assert ledger.progress("s") == 2 + 3
+    assert ledger.best("s") == ledger.ticket(first.id)
+    ended = ledger.ticket(first.id).finished or 0.0
+    assert ledger.best_value("s", until=ended) == 0.5
+    assert ledger.best_value("s", until=ended - 1) is None
+    assert [ticket.reason for ticket in ledger.latest_failures("s", 5)] == ["broke"]
+    assert (ledger.ended_by("a"), ledger.ended_by("b")) == (3, 0)
+    assert [ticket.id for ticket in ledger.held_by(["a", "b"])] == [fourth.id]
+    assert ledger.unsettled("s") == (first.id, third.id)
+    ledger.set_run(fourth, "run")
+    ledger.hand_back([fourth])
+    assert ledger.unsettled("s") == (first.id, third.id, fourth.id)
+    ledger.retry_tickets("s", {third.number: None})
+    assert (ledger.budget("s"), len(ledger.tickets("s"))) == (4, 5)
+
+
+def test_best_and_best_value_of_a_study_without_complete_trials_are_none(ledger: Ledger) -> None:
+    assert (ledger.best("s"), ledger.best_value("s", until=1e12), ledger.latest_failures("s", 3)) == (None, None, ())
+
+
+def test_owned_trial_ids_tells_who_may_still_link_from_who_cannot(ledger: Ledger) -> None:
+    mine, other, linked, failed = ledger.claim("s", "a", 4, 600)
+    ledger.link_trial(linked, 100, 3, {})
+    ledger.finish(failed, TicketState.FAIL, None, "broke")
+    running = {
+        100: linked.number,
+        101: linked.number,
+        102: other.number,
+        103: failed.number,
+        104: mine.number,
+        105: None,
+    }
+
+    # 101: its ticket has another trial; 103: its ticket is over; 104: our own; 105: nobody's.
+    assert ledger.owned_trial_ids(mine, running) == {100, 102}
+    ledger.hand_back([other])
+    assert ledger.owned_trial_ids(mine, running) == {100, 102}
+    ledger.hand_back([mine])
+    with pytest.raises(LeaseLostError):
+        ledger.owned_trial_ids(mine, running)
+
+
+def test_ask_by_an_attempt_that_is_over_makes_no_trial(empty: Ledger, storage_url: str) -> None:
+    storage = open_storage(storage_url)
+    empty.create_study(RECORD, [None, None], create_study(SAMPLED, storage))
+    study = load_study(SAMPLED, storage)
+    _, stale = empty.claim("s", "stale", 2, EXPIRED)
+
+    def taken_over(_running: object) -> set[int]:
+        """Between the stale worker's last look and its trial."""
+        assert len(empty.claim("s", "next", 2, 600)) == 2
+        return {trial._trial_id for trial in study.trials}
+
+    with pytest.raises(LeaseLostError):
+        ask(study, SAMPLED, stale.number, taken_over, None, empty.condition(stale))
+
+    assert [trial.number for trial in study.trials] == [0]
+    ticket = empty.tickets("s")[1]
+    assert ask(study, SAMPLED, 1, {study.trials[0]._trial_id}, None, empty.condition(ticket)).number == 1
+
+
 def test_failures_in_a_row_counts_since_the_last_success_or_resume(ledger: Ledger) -> None:
     ledger.add_tickets("s", 4)
     assert ledger.failures_in_a_row("s") == 0
@@ -749,17 +834,21 @@ def _add_five(url: str, index: int) -> None:
     engine.dispose()
 
 
-def _ask_in_turn(url: str, index: int) -> None:
-    """Read, wait, write: only a lock keeps two processes from choosing the same number."""
+def _ask_at_once(url: str, index: int) -> int:
+    """What a worker does with a ticket that has no trial, at the same time as all others; the trial's number."""
     engine = make_engine(url)
     ledger = Ledger(engine)
+    study = load_study(SAMPLED, open_storage(url))
     _barrier.wait()
     ticket = claim_one(ledger, f"w{index}")
-    with ledger.ask_lock("s", timeout=60):
-        trial = len(ledger.linked_trial_ids("s"))
-        time.sleep(0.02)
-        ledger.link_trial(ticket, trial, trial, {})
+    while ticket.trial_id is None:
+        trial = ask(
+            study, SAMPLED, ticket.number, partial(ledger.owned_trial_ids, ticket), None, ledger.condition(ticket)
+        )
+        with suppress(TrialTakenError):
+            ticket = ledger.link_trial(ticket, trial.trial_id, trial.number, trial.params)
     engine.dispose()
+    return ticket.trial_number if ticket.trial_number is not None else -1
 
 
 def test_cold_start_of_eight_processes_all_come_up_and_one_creates(storage_url: str, processes: Pool) -> None:
@@ -796,15 +885,31 @@ def test_add_tickets_eight_processes_numbers_stay_gapless(ledger: Ledger, storag
     assert numbers(ledger.tickets("s")) == list(range(44))
 
 
-def test_ask_lock_eight_processes_ask_in_turn(empty: Ledger, storage_url: str, processes: Pool) -> None:
-    empty.create_study(RECORD, [None] * PROCESSES)
-    _all_at_once(processes, _ask_in_turn, storage_url)
-    assert empty.linked_trial_ids("s") == set(range(PROCESSES))
+def test_ask_eight_processes_at_once_each_links_a_trial_of_its_own(
+    empty: Ledger, storage_url: str, processes: Pool
+) -> None:
+    storage = open_storage(storage_url)
+    base = create_study(SAMPLED, storage)
+    empty.create_study(RECORD, [None] * (PROCESSES + 1), base)
+    study = load_study(SAMPLED, storage)
+    first = claim_one(empty, "w")
+    # What a worker left that died between asking and linking, for a ticket that has failed since: anybody may have it.
+    lost = claim_one(empty, "dead")
+    ask(study, SAMPLED, lost.number, {base.trial_id})
+    empty.finish(lost, TicketState.FAIL, None, "died")
+    empty.add_tickets("s", 1)
+
+    numbers = _all_at_once(processes, _ask_at_once, storage_url)
+
+    assert first.trial_id == base.trial_id
+    assert sorted(numbers) == list(range(1, PROCESSES + 1))
+    assert [trial.number for trial in study.trials] == list(range(PROCESSES + 1))
 
 
 def test_initialise_upgrades_the_first_schema_and_keeps_its_rows(ledger: Ledger, engine: Engine) -> None:
     with engine.begin() as connection:
-        connection.execute(sa.text("DROP INDEX ix_yolosearch_ticket_study_kind_retry_of"))
+        for columns in ("study_kind_retry_of", "study_state_finished", "study_state_value"):
+            connection.execute(sa.text(f"DROP INDEX ix_yolosearch_ticket_{columns}"))
         connection.execute(sa.text("ALTER TABLE yolosearch_ticket DROP COLUMN retry_of"))
         connection.execute(sa.text("UPDATE yolosearch_alembic_version SET version_num = '0001'"))
     with pytest.raises(DatabaseError, match="ledger schema 0001 of an older yolosearch; `yolosearch run`"):
