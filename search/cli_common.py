@@ -1,20 +1,27 @@
-"""What the command modules share: consoles, options, and how a study is found."""
+"""What the command modules share: consoles, options, how a study is found, and how an error is told."""
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from search.config import StudyConfig, load_study_config
 from search.database import check_study_name, resolve_storage_url
+from search.errors import UserInputError
 from search.ledger import Ledger
-from search.paths import default_runs_dir
+from search.paths import StudyFolder, default_runs_dir
+from search.report import StudyStatus, study_status
+from search.tracking import mask_secrets
 from search.worker.existing import open_existing
+
+if TYPE_CHECKING:
+    from search.launch.prepare import StudyPlan
 
 out = Console()
 err = Console(stderr=True)
@@ -32,6 +39,15 @@ RunsDir = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+MoreTrials = Annotated[str | None, typer.Option("--trials", metavar="+N", help="Add N trials to the study's budget.")]
+Checkpoints = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DIR|URL",
+        envvar="YOLOSEARCH_CHECKPOINTS",
+        help="Checkpoints, where all workers of the study see them; default the runs folder.",
+    ),
+]
 
 
 def runs_folder(runs_dir: Path | None) -> Path:
@@ -39,11 +55,14 @@ def runs_folder(runs_dir: Path | None) -> Path:
     return (runs_dir or default_runs_dir()).resolve()
 
 
+def is_study_file(study: str) -> bool:
+    """Whether a study is given by its YAML file, not by its name."""
+    return study.endswith((".yaml", ".yml"))
+
+
 def study_name(study: str) -> str:
     """A study's name, also given by its YAML file."""
-    if study.endswith((".yaml", ".yml")):
-        return load_study_config(Path(study)).name
-    return check_study_name(study)
+    return load_study_config(Path(study)).name if is_study_file(study) else check_study_name(study)
 
 
 def open_study(study: str, storage: str | None, runs_dir: Path | None) -> tuple[Ledger, StudyConfig]:
@@ -52,6 +71,57 @@ def open_study(study: str, storage: str | None, runs_dir: Path | None) -> tuple[
     ledger = open_existing(resolve_storage_url(storage, runs_folder(runs_dir), name), name)
     ledger.check_schema()
     return ledger, StudyConfig.from_json(ledger.study(name).config)
+
+
+def read_study(study: str, storage: str | None, runs_dir: Path | None) -> tuple[Ledger, StudyConfig, StudyStatus]:
+    """A study that exists, as its database has it now."""
+    ledger, config = open_study(study, storage, runs_dir)
+    return ledger, config, study_status(ledger, config)
+
+
+def plan_of(study: Path, storage: str | None, runs: Path, data: Path | None = None) -> StudyPlan:
+    """A study file, checked against its data (`data`: where its YAML lies on this host) and this host."""
+    from search.launch.prepare import plan_study
+
+    config = load_study_config(study)
+    return plan_study(config, resolve_storage_url(storage, runs, config.name), runs, data)
+
+
+def more_trials(text: str | None) -> int:
+    """The number in `--trials +N`."""
+    if text is None:
+        return 0
+    if not re.fullmatch(r"\+[1-9]\d{0,5}", text):
+        raise UserInputError(
+            f"--trials: got {text!r}; allowed: +N, for example +20 (the total stands in the study file)"
+        )
+    return int(text)
+
+
+def export_hyp(ledger: Ledger, config: StudyConfig, path: Path | None, runs_dir: Path | None) -> Path:
+    """Writes the best trial's hyp, by default into the study's folder; its path."""
+    from search.export import best_trial, export_best
+
+    target = path or StudyFolder(runs_folder(runs_dir), config.name).best_hyp
+    return export_best(best_trial(ledger, config), target)
+
+
+def print_plan(plan: StudyPlan) -> None:
+    """The plan as lines of name and value, then what the user should know."""
+    for name, value in plan.rows():
+        print_line(f"{name:<16} {value}")
+    for notice in plan.notices:
+        print_line(f"note: {notice}", style="yellow")
+
+
+def print_line(text: str, style: str | None = None, *, to: Console = out) -> None:
+    """Text as it is: neither coloured, nor read as markup, nor wrapped."""
+    to.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
+
+
+def print_error(error: Exception | str) -> None:
+    """One line on standard error, passwords masked."""
+    print_line(mask_secrets(str(error)), style="red", to=err)
 
 
 def print_json(data: object) -> None:

@@ -11,6 +11,7 @@ import typer
 from search.checkpoints import CheckpointStore
 from search.cli_common import (
     AsJson,
+    Checkpoints,
     RunsDir,
     Storage,
     StudyName,
@@ -35,11 +36,6 @@ if TYPE_CHECKING:
     from search.housekeeping import CleanReport
 
 app = typer.Typer()
-
-Checkpoints = Annotated[
-    str | None,
-    typer.Option(metavar="DIR|URL", envvar="YOLOSEARCH_CHECKPOINTS", help="Checkpoints; default the runs folder."),
-]
 
 
 @app.command("list")

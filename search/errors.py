@@ -1,12 +1,24 @@
-"""Every exception that `search` raises on purpose."""
+"""Every exception that `search` raises on purpose, and the exit codes of its commands."""
+
+from typing import ClassVar
+
+EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2
+EXIT_STOPPED = 3
+"""The study stopped itself: another start would end like this one until somebody mends the cause and takes it up."""
+EXIT_INTERRUPTED = 130
 
 
 class SearchError(Exception):
     """Root of the tree. Exit code 1: the run failed."""
 
+    exit_code: ClassVar[int] = EXIT_FAILED
+
 
 class UserInputError(SearchError):
     """Something the user can fix. One line naming file, key, value and what is allowed. Exit code 2."""
+
+    exit_code = EXIT_BAD_INPUT
 
 
 class StudyConfigError(UserInputError):
@@ -30,4 +42,6 @@ class LeaseLostError(SearchError):
 
 
 class StudyStoppedError(SearchError):
-    """The study gave up, for example after too many failed trials in a row."""
+    """The study gave up, for example after too many failed trials in a row. Exit code 3."""
+
+    exit_code = EXIT_STOPPED

@@ -42,6 +42,8 @@ class TrialStatus:
     worker: str | None
     reason: str | None
     seconds: float | None
+    reported_at: float | None
+    """UTC epoch seconds of its last report."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +54,9 @@ class StudyStatus:
     counts: Mapping[str, int]
     trials: tuple[TrialStatus, ...]
     workers: int
+    """Those that were heard of lately."""
+    devices: Mapping[str, str]
+    """What each worker that has opened the study trains on, by the worker's name."""
     best: TrialStatus | None
     base: TrialStatus | None
     slot_epochs: int
@@ -76,12 +81,13 @@ def study_status(ledger: Ledger, config: StudyConfig) -> StudyStatus:
     trials = tuple(_trial_status(ticket, reports.get(ticket.id, ()), config) for ticket in tickets)
     complete = [trial for trial in trials if trial.state == TicketState.COMPLETE and trial.value is not None]
     counts = {state.value: sum(ticket.state is state for ticket in tickets) for state in TicketState}
-    alive = [worker for worker in ledger.workers(config.name) if _is_fresh(worker)]
+    workers = ledger.workers(config.name)
     return StudyStatus(
         study=config.name,
         counts=counts,
         trials=trials,
-        workers=len(alive),
+        workers=sum(_is_fresh(worker) for worker in workers),
+        devices={worker.id: worker.device for worker in workers},
         best=max(complete, key=lambda trial: trial.value or 0.0, default=None),
         base=_base(tickets, trials),
         slot_epochs=sum(len(rows) for rows in reports.values()),
@@ -115,6 +121,7 @@ def _trial_status(ticket: Ticket, rows: Sequence[EpochRow], config: StudyConfig)
         worker=ticket.worker,
         reason=ticket.reason,
         seconds=None if ticket.started is None else ended - ticket.started,
+        reported_at=rows[-1].stored_at if rows else None,
     )
 
 
@@ -134,7 +141,7 @@ def _eta(tickets: Sequence[Ticket], reports: Mapping[int, Sequence[EpochRow]]) -
 
 def live_view(status: StudyStatus) -> RenderableType:
     """The table that `run` shows while it works: the slots that train now, and one line about the study."""
-    table = _table(f"study {status.study}", "trial", "epoch", "value", *LOSS_WEIGHT_KEYS)
+    table = new_table(f"study {status.study}", "trial", "epoch", "value", *LOSS_WEIGHT_KEYS)
     for trial in status.trials:
         if trial.state == TicketState.RUNNING:
             table.add_row(_name(trial), f"{trial.epoch}/{trial.epochs}", _value(trial.value), *_weights(trial))
@@ -150,14 +157,14 @@ def headline(status: StudyStatus, *, with_eta: bool = True) -> str:
     if status.base is not None and status.base.value is not None:
         parts.append(f"base {_value(status.base.value)}")
     if with_eta and status.eta_seconds is not None and not status.finished:
-        parts.append(f"about {_duration(status.eta_seconds)} left")
+        parts.append(f"about {duration(status.eta_seconds)} left")
     return " | ".join(parts)
 
 
 def trials_table(status: StudyStatus) -> RenderableType:
     """Every trial of the study, with the reasons of those that failed."""
     keys = sorted({key for trial in status.trials for key in trial.params}, key=_key_order)
-    table = _table(f"trials of {status.study}", "trial", "state", "epoch", "value", *keys, "sec")
+    table = new_table(f"trials of {status.study}", "trial", "state", "epoch", "value", *keys, "sec")
     for trial in status.trials:
         style = STATE_STYLES[TicketState(trial.state)]
         params = [_number(trial.params.get(key)) for key in keys]
@@ -170,7 +177,7 @@ def trials_table(status: StudyStatus) -> RenderableType:
 
 def studies_table(rows: Sequence[StudyRow]) -> Table:
     """One line a study."""
-    table = _table("studies", "", "trials", "done", "running", "failed", "best", "created")
+    table = new_table("studies", "", "trials", "done", "running", "failed", "best", "created")
     for row in rows:
         done = row.counts[TicketState.COMPLETE] + row.counts[TicketState.PRUNED]
         numbers = (sum(row.counts.values()), done, row.counts[TicketState.RUNNING], row.counts[TicketState.FAIL])
@@ -182,7 +189,7 @@ def studies_table(rows: Sequence[StudyRow]) -> Table:
 
 def comparison_table(status: StudyStatus, base: Mapping[str, float], best: Mapping[str, float]) -> Table:
     """Base against best: the objective and every hyp key in which they differ or that was searched."""
-    table = _table("base against best", "", "base", "best")
+    table = new_table("base against best", "", "base", "best")
     if status.base is not None and status.best is not None:
         table.add_row("trial", str(status.base.number), str(status.best.number))
         table.add_row("objective", _value(status.base.value), _value(status.best.value))
@@ -193,7 +200,7 @@ def comparison_table(status: StudyStatus, base: Mapping[str, float], best: Mappi
     return table
 
 
-def _table(title: str, *columns: str) -> Table:
+def new_table(title: str, *columns: str) -> Table:
     """A table that fits 80 columns with six searched keys."""
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for name in columns:
@@ -222,7 +229,8 @@ def _number(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else "" if value is None else str(value)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """A time in words."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

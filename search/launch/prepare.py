@@ -82,15 +82,21 @@ class StudyPlan:
         }
 
 
-def plan_study(config: StudyConfig, storage_url: str, runs_dir: Path) -> StudyPlan:
+def plan_study(config: StudyConfig, storage_url: str, runs_dir: Path, data: Path | None = None) -> StudyPlan:
     """Checks a study against its data and this machine; writes nothing but a built-in data set.
+
+    Args:
+        config: The study.
+        storage_url: Its database.
+        runs_dir: Folder of all studies.
+        data: The data set's YAML, where it lies elsewhere on this host.
 
     Raises:
         UserInputError, yolocore.errors.InputError: One line per mistake.
     """
     check_sampler(config)
     study_tracker(config, runs_dir)  # refuses a store that MLflow cannot use; opens nothing
-    data = data_yaml(config, runs_dir)
+    data = data or data_yaml(config, runs_dir)
     dataset = load_dataset_config(data)
     splits = {name: scan_split(dataset, name) for name in ("train", "val")}
     device = resolve_device(config.train.device)

@@ -18,12 +18,12 @@ from test_config import BROKEN as BROKEN_STUDIES
 from test_config import GOOD
 from tiny import NAME, TinyStudy, make_study, wait_for
 
-from search import cli_studies
+from search import cli_launch, cli_studies
 from search.cli import app, main
 from search.ledger import TicketState, WorkerState
 from yolocore.hyperparameters import Hyperparameters
 
-COMMANDS = ["check", "create", "run", "worker", "status", "trials", "export", "ui"]
+COMMANDS = ["check", "create", "run", "launch", "worker", "status", "trials", "export", "ui"]
 COMMANDS += ["list", "clone", "retry", "clean", "delete"]
 
 
@@ -72,7 +72,8 @@ def test_help_names_every_command(yolosearch: Command) -> None:
     result = yolosearch("--help")
 
     assert result.code == 0
-    registered = [*app.registered_commands, *cli_studies.app.registered_commands]
+    apps = (app, cli_launch.app, cli_studies.app)
+    registered = [command for part in apps for command in part.registered_commands]
     names = sorted(info.name or info.callback.__name__ for info in registered if info.callback)
     assert names == sorted(COMMANDS)
     assert all(re.search(rf"^\s+{command}\s", result.out, re.MULTILINE) for command in COMMANDS)
@@ -86,7 +87,7 @@ def test_help_of_every_command_has_an_example(yolosearch: Command, command: str)
     assert re.search(rf"Example: .*yolosearch {command}\b", result.out)
 
 
-@pytest.mark.parametrize("command", ["status", "trials", "check", "run", "export", "list", "clean", "delete"])
+@pytest.mark.parametrize("command", ["status", "trials", "check", "run", "launch", "export", "list", "clean", "delete"])
 def test_help_json_is_offered(yolosearch: Command, command: str) -> None:
     assert "--json" in yolosearch(command, "--help").out
 
@@ -340,7 +341,7 @@ def test_run_changed_settings_exit_2_naming_the_keys(yolosearch: Command, make: 
 
 
 @pytest.mark.slow
-def test_run_failures_in_a_row_exit_1_with_the_reason_and_the_way_on(
+def test_run_failures_in_a_row_exit_3_with_the_reason_and_the_way_on(
     yolosearch: Command, make: Callable[..., TinyStudy]
 ) -> None:
     study = make(trials=1, max_failures_in_a_row=1)
@@ -352,12 +353,30 @@ def test_run_failures_in_a_row_exit_1_with_the_reason_and_the_way_on(
     study.ledger.finish(ticket, TicketState.FAIL, None, "out of memory")
     output, _ = first.communicate(timeout=120)
 
-    assert first.returncode == 1
+    assert first.returncode == 3
     assert output.splitlines()[-1] == (
-        "study tiny stopped: 1 trials in a row failed: out of memory; "
-        "the same command takes it up again once that is mended"
+        "study tiny stopped: 1 trials in a row failed: out of memory; `run` takes it up again once that is mended"
     )
-    assert yolosearch("worker", NAME, "--runs-dir", study.runs).code == 1
+    assert yolosearch("worker", NAME, "--runs-dir", study.runs).code == 3
+
+
+@pytest.mark.slow
+def test_worker_study_that_stopped_itself_exit_3_and_0_where_it_is_to_stay_down(
+    yolosearch: Command, make: Callable[..., TinyStudy]
+) -> None:
+    study = make()
+    study.create()
+    study.ledger.stop(NAME, "enough")
+    where = ("--runs-dir", study.runs)
+
+    told = yolosearch("worker", NAME, *where)
+    quiet = yolosearch("worker", NAME, "--stay-down", *where)
+    unknown = yolosearch("worker", "nosuch", "--stay-down", *where)
+
+    assert (told.code, quiet.code, unknown.code) == (3, 0, 0)
+    assert "study 'tiny' was stopped: enough" in told.err
+    assert quiet.err == told.err
+    assert unknown.err.startswith("study nosuch: no database ")
 
 
 def assert_whole(study: TinyStudy, count: int) -> None:

@@ -187,7 +187,7 @@ def test_compose_gpu_worker_reserves_gpus_and_cpu_worker_sees_none(services: dic
 
 def test_compose_commands_are_known_to_the_command_line(services: dict[str, Any]) -> None:
     assert services["init"]["command"] == ["create", "/studies/quickstart.yaml"]
-    assert services["worker-cpu"]["command"] == ["worker", "/studies/quickstart.yaml", "--lease", "300"]
+    assert services["worker-cpu"]["command"] == ["worker", "/studies/quickstart.yaml", "--lease", "300", "--stay-down"]
     for command in ("create", "worker"):
         done = subprocess.run(
             [sys.executable, "-m", "search", command, "--help"], capture_output=True, text=True, cwd=ROOT
@@ -408,7 +408,7 @@ def test_kubernetes_workers_are_a_work_queue_that_forgives_disruptions() -> None
     assert "completions" not in spec
     ignore, fail = spec["podFailurePolicy"]["rules"]
     assert (ignore["action"], ignore["onPodConditions"]) == ("Ignore", [{"type": "DisruptionTarget", "status": "True"}])
-    assert (fail["action"], fail["onExitCodes"]["values"]) == ("FailJob", [2])
+    assert (fail["action"], fail["onExitCodes"]["values"]) == ("FailJob", [2, 3])
     (worker,) = spec["template"]["spec"]["containers"]
     assert fail["onExitCodes"]["containerName"] == worker["name"]
     assert worker["args"] == ["worker", "$(STUDY)"]

@@ -39,8 +39,9 @@ from sqlalchemy.engine import make_url
 from tiny import ENVIRONMENT, NAME, TinyStudy, make_study
 
 from search.database import make_engine
-from search.launch.local import LocalLauncher, LocalPlan
+from search.launch.local import LocalLauncher
 from search.launch.mlflow_ui import MlflowUi
+from search.launch.plan import LaunchPlan
 from search.ledger import Ledger, StudyRecord, TicketState
 from search.paths import StudyFolder
 from search.study import load_study, open_storage
@@ -193,7 +194,7 @@ def test_processes_killed_at_random_exactly_the_trials_asked_for_end(
     url = request.getfixturevalue("postgres").new_database() if backend == "postgresql" else None
     trials = 6 + round(FAULT_SECONDS / 10)
     study = make(storage_url=url, trials=trials, train={"epochs": 6}, max_failures_in_a_row=trials)
-    plan = LocalPlan(storage_url=study.storage_url, folder=StudyFolder(study.runs, NAME), workers=workers)
+    plan = LaunchPlan(storage_url=study.storage_url, folder=StudyFolder(study.runs, NAME), workers=workers)
     killed: Counter[str] = Counter()
     left = FAULT_SECONDS
     rounds = 0

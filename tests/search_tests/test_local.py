@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from tiny import ENVIRONMENT, NAME, TinyStudy, make_study
 
-from search.launch.local import LocalLauncher, LocalPlan
+from search.launch.local import LocalLauncher
+from search.launch.plan import LaunchPlan
 from search.ledger import TicketState
 from search.paths import StudyFolder
 from search.worker.host import release_dead_neighbours
@@ -31,8 +32,8 @@ def study(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> TinyStudy
     return study
 
 
-def plan_of(study: TinyStudy) -> LocalPlan:
-    return LocalPlan(storage_url=study.storage_url, folder=StudyFolder(study.runs, NAME))
+def plan_of(study: TinyStudy) -> LaunchPlan:
+    return LaunchPlan(storage_url=study.storage_url, folder=StudyFolder(study.runs, NAME))
 
 
 def poll_until(launcher: LocalLauncher, condition: Callable[[], bool], seconds: float = 120.0) -> None:

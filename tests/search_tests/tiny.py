@@ -103,15 +103,15 @@ class TinyStudy:
         )
         return run_worker(own).ended
 
-    def start(self, command: str, *options: str) -> subprocess.Popen[str]:
-        """`yolosearch COMMAND` as a process of its own."""
+    def start(self, command: str, *options: str, **changes: Any) -> subprocess.Popen[str]:
+        """`yolosearch COMMAND` as a process of its own, `run` on the file, others on the name."""
         target = str(self.file) if command == "run" else NAME
         words = [sys.executable, "-m", "search", command, target, "--runs-dir", str(self.runs), *options]
         environment = {**os.environ, **ENVIRONMENT, "YOLOSEARCH_STORAGE_URL": self.storage_url}
         environment.pop("MLFLOW_TRACKING_URI", None)
-        return subprocess.Popen(
-            words, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        environment.update(changes.pop("env", {}))
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        return subprocess.Popen(words, env=environment, text=True, start_new_session=True, **{**pipes, **changes})
 
     def tickets(self) -> tuple[Ticket, ...]:
         return self.ledger.tickets(NAME)

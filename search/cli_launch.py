@@ -1,0 +1,321 @@
+"""The commands that work on a study: run, launch, worker."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import signal
+import sys
+import uuid
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from search.cli_common import (
+    AsJson,
+    Checkpoints,
+    MoreTrials,
+    RunsDir,
+    Storage,
+    StudyFile,
+    StudyName,
+    err,
+    export_hyp,
+    is_study_file,
+    more_trials,
+    out,
+    plan_of,
+    print_error,
+    print_json,
+    print_line,
+    print_plan,
+    runs_folder,
+    study_name,
+)
+from search.cli_live import Screen, TrialScreen, WorkerScreen, watch
+from search.config import StudyConfig
+from search.database import resolve_storage_url
+from search.errors import EXIT_INTERRUPTED, SearchError, StudyStoppedError, UserInputError
+from search.launch.launcher import Launcher
+from search.launch.local import LocalLauncher
+from search.launch.plan import LaunchPlan, choose_gpus, choose_workers
+from search.ledger import Ledger
+from search.paths import StudyFolder
+from search.report import StudyStatus, comparison_table, headline, study_status, trials_table
+from search.worker.existing import HANG_SECONDS, OUTAGE_SECONDS, open_existing
+from search.worker.lease import DEFAULT_LEASE_SECONDS
+from yolocore.errors import InputError
+
+if TYPE_CHECKING:
+    pass
+
+Hang = Annotated[float, typer.Option(min=1, help="Seconds after which a silent trainer is killed.")]
+Lease = Annotated[float, typer.Option(min=1, help="Seconds after which a silent worker loses its trials.")]
+StopSeconds = Annotated[float, typer.Option(min=0, help="Seconds to end in when asked to by a signal.")]
+Data = Annotated[
+    Path | None,
+    typer.Option(help="The data set's YAML, where it lies elsewhere on this host; see also $YOLOSEARCH_DATA_ROOT."),
+]
+Timeout = Annotated[
+    float | None, typer.Option(help="Seconds after which no new trial is claimed; default the study's.")
+]
+
+STOPPING = "stopping: running trials are handed back; the same command takes them up again (Ctrl-C ends at once)"
+
+app = typer.Typer()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Job:
+    """A study that is in its database, ready to be worked on."""
+
+    config: StudyConfig
+    storage_url: str
+    folder: StudyFolder
+    ledger: Ledger
+    file: Path | None
+    """The study file, if the user gave it."""
+
+    @property
+    def has_work(self) -> bool:
+        finished = study_status(self.ledger, self.config).finished
+        return not finished or bool(self.ledger.unmirrored(self.config.name))
+
+
+@app.command()
+def run(
+    study: StudyFile,
+    workers: Annotated[int, typer.Option(min=1, help="Worker processes on this machine.")] = 1,
+    device: Annotated[list[str] | None, typer.Option(help="Devices dealt out to the workers, e.g. cuda:0.")] = None,
+    trials: MoreTrials = None,
+    hang: Hang = HANG_SECONDS,
+    storage: Storage = None,
+    runs_dir: RunsDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """Create a study, or take it up again, and work on it until its budget is spent.
+
+    Example: yolosearch run studies/quickstart.yaml
+    """
+    job = _create(study, trials, storage, runs_folder(runs_dir), quiet=as_json)
+    plan = replace(_launch_plan(job), workers=workers, devices=tuple(device or ()), hang_seconds=hang)
+    if job.has_work:
+        _work(job, LocalLauncher(plan, job.ledger), TrialScreen(), quiet=as_json)
+    _print_outcome(job, as_json, every_trial=True)
+
+
+@app.command()
+def launch(
+    study: StudyName,
+    workers: Annotated[int | None, typer.Option(min=1, help="Worker processes; default one a share of a GPU.")] = None,
+    gpus: Annotated[
+        str | None, typer.Option(metavar="0,1,...", help="GPUs as cuda:N counts them, or none; default all.")
+    ] = None,
+    per_gpu: Annotated[int, typer.Option(min=1, help="Workers that share a GPU.")] = 1,
+    data: Data = None,
+    timeout: Timeout = None,
+    lease: Lease = DEFAULT_LEASE_SECONDS,
+    checkpoints: Checkpoints = None,
+    hang: Hang = HANG_SECONDS,
+    stop_seconds: StopSeconds = 10.0,
+    storage: Storage = None,
+    runs_dir: RunsDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """Work on a study with one process per GPU of this host, restart those that die, and show them.
+
+    STUDY is a study that exists, or a file, whose study is created or taken up again. On several hosts, start it on
+    each.
+
+    Example: yolosearch launch my-study --gpus 0,1,2,3 --per-gpu 2
+    """
+    runs = runs_folder(runs_dir)
+    is_file = is_study_file(study)
+    job = _create(Path(study), None, storage, runs, as_json, data) if is_file else _existing(study, storage, runs)
+    chosen = _gpus(gpus, job.config)
+    plan = replace(
+        _launch_plan(job),
+        workers=choose_workers(workers, len(chosen), per_gpu),
+        gpus=chosen,
+        per_gpu=per_gpu,
+        data=data,
+        timeout=job.config.timeout if timeout is None else timeout,
+        lease_seconds=lease,
+        checkpoints=checkpoints,
+        hang_seconds=hang,
+        stop_seconds=stop_seconds,
+    )
+    if job.has_work:
+        _work(job, LocalLauncher(plan, job.ledger), WorkerScreen(), quiet=as_json)
+    _print_outcome(job, as_json, every_trial=False)
+
+
+@app.command()
+def worker(
+    study: StudyName,
+    device: Annotated[str | None, typer.Option(help="Overrides the study's device on this host.")] = None,
+    data: Data = None,
+    timeout: Timeout = None,
+    lease: Lease = DEFAULT_LEASE_SECONDS,
+    checkpoints: Checkpoints = None,
+    hang: Hang = HANG_SECONDS,
+    stop_seconds: StopSeconds = 10.0,
+    stay_down: Annotated[
+        bool, typer.Option("--stay-down", help="End with 0, not 2 or 3, where a restart would not help.")
+    ] = False,
+    worker_id: Annotated[str | None, typer.Option(help="Unique name; default host, process and a random part.")] = None,
+    parent: Annotated[int | None, typer.Option(hidden=True)] = None,
+    storage: Storage = None,
+    runs_dir: RunsDir = None,
+) -> None:
+    """Work on a study that exists: needs its name and the database's URL only.
+
+    Example: YOLOSEARCH_STORAGE_URL=postgresql://me@db/studies yolosearch worker my-study
+    """
+    from search.worker.session import WorkerOptions, run_worker
+
+    try:
+        runs, name = runs_folder(runs_dir), study_name(study)
+        outcome = run_worker(
+            WorkerOptions(
+                storage_url=resolve_storage_url(storage, runs, name),
+                study=name,
+                runs_dir=runs,
+                worker_id=worker_id or f"{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:6]}",
+                device=device,
+                data=data,
+                parent=parent,
+                timeout=timeout,
+                lease_seconds=lease,
+                checkpoints=checkpoints,
+                hang_seconds=hang,
+                stop_seconds=stop_seconds,
+            )
+        )
+    except (UserInputError, InputError, StudyStoppedError) as error:
+        if not stay_down:
+            raise
+        print_error(error)
+        return
+    out.print(f"{outcome.ended} trials ended here")
+    if outcome.interrupted:
+        raise typer.Exit(EXIT_INTERRUPTED)
+
+
+def _create(
+    study: Path, trials: str | None, storage: str | None, runs: Path, quiet: bool, data: Path | None = None
+) -> _Job:
+    """The study of a file: created, or taken up again."""
+    from search.launch.prepare import create_or_resume
+
+    more = more_trials(trials)
+    plan = plan_of(study, storage, runs, data)
+    created = create_or_resume(plan, more)
+    if not quiet:
+        print_plan(plan)
+        print_line("study created" if created else "study taken up again", style="dim")
+    return _job(plan.config.name, plan.storage_url, runs, study)
+
+
+def _existing(study: str, storage: str | None, runs: Path) -> _Job:
+    name = study_name(study)
+    return _job(name, resolve_storage_url(storage, runs, name), runs, None)
+
+
+def _job(name: str, storage_url: str, runs: Path, file: Path | None) -> _Job:
+    ledger = open_existing(storage_url, name, patience=OUTAGE_SECONDS)
+    ledger.check_schema()
+    config = StudyConfig.from_json(ledger.study(name).config)
+    return _Job(config=config, storage_url=storage_url, folder=StudyFolder(runs, name), ledger=ledger, file=file)
+
+
+def _launch_plan(job: _Job) -> LaunchPlan:
+    return LaunchPlan(storage_url=job.storage_url, folder=job.folder, timeout=job.config.timeout)
+
+
+def _gpus(asked: str | None, config: StudyConfig) -> tuple[str, ...]:
+    """The GPUs of this host to launch on; none where the study trains on something else."""
+    device = config.train.device
+    if asked is None and not (device == "auto" or device.startswith("cuda")):
+        return ()
+    from search.launch.gpus import visible_gpus
+
+    visible = visible_gpus()
+    _, _, number = device.partition(":")
+    return choose_gpus(number or None if asked is None else asked, visible)
+
+
+def _work(job: _Job, launcher: Launcher, screen: Screen, *, quiet: bool) -> None:
+    """Has workers work to their end, showing them; Ctrl-C hands the trials back and ends."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    with launcher:
+        try:
+            watch(launcher, job.ledger, job.config, None if quiet else screen)
+        except KeyboardInterrupt:
+            print_line(STOPPING, to=err)
+            raise
+    _raise_failures(launcher, study_status(job.ledger, job.config))
+
+
+def _interrupt(_number: int, _frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _raise_failures(launcher: Launcher, status: StudyStatus) -> None:
+    if status.stop_reason is not None:
+        raise StudyStoppedError(
+            f"study {status.study} stopped: {status.stop_reason}; `run` takes it up again once that is mended"
+        )
+    if launcher.failures and not status.finished:
+        failure = "; ".join(launcher.failures)
+        raise UserInputError(failure) if launcher.bad_input else SearchError(failure)
+
+
+def _print_outcome(job: _Job, as_json: bool, *, every_trial: bool) -> None:
+    """The end: tables, the exported hyp and what to do next."""
+    status = study_status(job.ledger, job.config)
+    path = None
+    if status.finished and status.best:
+        path = export_hyp(job.ledger, job.config, job.folder.best_hyp, job.folder.runs_dir)
+    if as_json:
+        print_json(status.to_json())
+        return
+    if every_trial:
+        out.print(trials_table(status))
+    if path is None:
+        why = "no trial is complete" if status.finished else "the same command goes on with the trials that wait"
+        print_line(f"{headline(status)} | nothing exported: {why}")
+        return
+    _print_comparison(job.config, status)
+    _print_next_steps(job, path)
+
+
+def _print_comparison(config: StudyConfig, status: StudyStatus) -> None:
+    from search.space import hyperparameters
+
+    base = config.base_hyperparameters()
+    best = base if status.best is None else hyperparameters(base, status.best.params)
+    out.print(comparison_table(status, base.to_mapping(), best.to_mapping()))
+
+
+def _command() -> str:
+    """How the user called us, to be typed again."""
+    if Path(sys.argv[0]).name == "__main__.py":
+        return "python -m search"
+    return "yolosearch" if shutil.which("yolosearch") else sys.argv[0]
+
+
+def _print_next_steps(job: _Job, path: Path) -> None:
+    lines = [
+        f"best hyp:        {path}",
+        f"train with it:   python train.py --hyp {path} ...   (in your YOLOv5 checkout)",
+        f"look at it:      {_command()} ui {job.config.name}",
+        f"go on searching: {_command()} run {job.file or 'STUDY.yaml'} --trials +20",
+    ]
+    if job.config.builtin_data is not None:
+        lines.append("your own data:   copy studies/loss-weights.yaml, set `data:` to your data set YAML, and run it")
+    for line in lines:
+        print_line(line)
