@@ -69,6 +69,12 @@ if TYPE_CHECKING:
 BUDGET_KEYS = frozenset({"trials", "timeout"})
 """What may change when a study is resumed."""
 
+STUDY_WIDE_KEYS = frozenset({"pack", "autoanchor"})
+"""Keys of `train` that are settled before a training starts."""
+
+PREPARED_KEY = "prepared"
+"""Where the frozen form keeps what was worked out when the study was created (`search.prepared`)."""
+
 BUILTIN_DATA = ("digits",)
 """Data sets that `data: builtin:NAME` can name."""
 
@@ -152,7 +158,7 @@ class StudyConfig(Section):
         """What the trainer needs, on the given data set YAML."""
         from yolocore.training.config import TrainConfig
 
-        return TrainConfig(data=data, **self.train.model_dump(exclude={"pack"}))
+        return TrainConfig(data=data, **self.train.model_dump(exclude=set(STUDY_WIDE_KEYS)))
 
     def to_json(self) -> dict[str, Any]:
         """The frozen form: plain JSON data with the whole base hyp in it, independent of any file but the data's."""
@@ -161,7 +167,8 @@ class StudyConfig(Section):
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "StudyConfig":
         """The inverse of `to_json`; needs none of the files to exist."""
-        return parse_study(dict(data), source=f"study {data.get('name')} in the database")
+        own = {key: value for key, value in data.items() if key != PREPARED_KEY}
+        return parse_study(own, source=f"study {data.get('name')} in the database")
 
     def differing_keys(self, other: "StudyConfig") -> list[str]:
         """Dotted keys whose values differ, those of the budget included."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from search.config import StudyConfig
 from search.errors import SearchError, UserInputError
 from search.ledger import Ledger, Ticket, TicketState
+from search.prepared import Prepared
 from search.space import hyperparameters
 from yolocore.hyperparameters import Hyperparameters
 
@@ -40,6 +41,8 @@ class BestTrial:
     """Of the data set."""
     metrics: Mapping[str, float]
     """Its metrics at the epoch that gave it its value."""
+    anchors: str | None = None
+    """What AutoAnchor found; None where it was switched off."""
     finished: float | None = None
     """When it ended, UTC epoch seconds."""
 
@@ -63,6 +66,8 @@ def best_trial(ledger: Ledger, config: StudyConfig) -> BestTrial:
     best = max(complete, key=lambda ticket: (_value(ticket), -ticket.number))
     base = next((ticket for ticket in complete if 0 in (ticket.number, ticket.retry_of)), None)
     rows = [row for row in ledger.reports(best.id) if best.best_epoch in (None, row.epoch)]
+    record = ledger.study(config.name)
+    anchors = Prepared.of(record.config).autoanchor
     return BestTrial(
         study=config.name,
         trial_number=best.number if best.trial_number is None else best.trial_number,
@@ -72,7 +77,8 @@ def best_trial(ledger: Ledger, config: StudyConfig) -> BestTrial:
         value=_value(best),
         base_value=None if base is None else _value(base),
         complete=len(complete),
-        fingerprint=ledger.study(config.name).fingerprint,
+        fingerprint=record.fingerprint,
+        anchors=None if anchors is None else anchors.describe(),
         metrics=rows[-1].metrics if rows else {},
         finished=best.finished,
     )
@@ -116,6 +122,7 @@ def header(best: BestTrial) -> Sequence[str]:
         f"metrics:    {', '.join(f'{key} {value:.4f}' for key, value in best.metrics.items() if key in _SHOWN)}",
         f"searched:   {', '.join(best.searched)}",
         f"data:       fingerprint {best.fingerprint}",
+        f"anchors:    {best.anchors or 'as given, train with --noautoanchor'}",
         f"written:    {moment}",
         "unconfirmed: one training with one seed; a rerun with another seed may give less",
         "raw units as train.py --hyp reads them; nothing is rescaled",

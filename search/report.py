@@ -16,6 +16,7 @@ from rich.text import Text
 from search.config import StudyConfig
 from search.housekeeping import StudyRow
 from search.ledger import EpochRow, Ledger, Ticket, TicketState, WorkerRow, WorkerState
+from search.prepared import Prepared
 from yolocore.hyperparameters import LOSS_WEIGHT_KEYS
 
 STATE_STYLES = {
@@ -62,6 +63,8 @@ class StudyStatus:
     slot_epochs: int
     eta_seconds: float | None
     stop_reason: str | None
+    prepared: Prepared
+    """What was worked out when the study was created."""
 
     @property
     def finished(self) -> bool:
@@ -93,6 +96,7 @@ def study_status(ledger: Ledger, config: StudyConfig) -> StudyStatus:
         slot_epochs=sum(len(rows) for rows in reports.values()),
         eta_seconds=_eta(tickets, reports),
         stop_reason=record.stop_reason,
+        prepared=Prepared.of(record.config),
     )
 
 
@@ -145,7 +149,8 @@ def live_view(status: StudyStatus) -> RenderableType:
     for trial in status.trials:
         if trial.state == TicketState.RUNNING:
             table.add_row(_name(trial), f"{trial.epoch}/{trial.epochs}", _value(trial.value), *_weights(trial))
-    return Group(table, Text(headline(status)))
+    prepared = [Text(f"{name} {text}", style="dim") for name, text in status.prepared.rows()]
+    return Group(table, *prepared, Text(headline(status)))
 
 
 def headline(status: StudyStatus, *, with_eta: bool = True) -> str:

@@ -138,6 +138,8 @@ class TrainSettings(Section):
     """Where decoded images are kept."""
     workers: Annotated[Whole, Field(ge=0)] = 0
     """Loader processes; 0 loads in the trainer itself."""
+    autoanchor: StrictBool = True
+    """When the study is created, replace the anchors if they do not fit the labels; all trials use the same."""
     freeze: Annotated[Whole, Field(ge=0, le=24)] = 0
     """Layers 0 to freeze - 1 keep their weights; 10 is the backbone, 24 everything but the detection head."""
     freeze_bn: StrictBool = False

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,17 @@ from search.database import init_lock, make_engine, mask_url
 from search.errors import StudyConfigError, StudyConflictError, UnknownStudyError
 from search.ledger import Ledger, StudyRecord
 from search.paths import StudyFolder
+from search.prepared import Prepared
 from search.space import base_params, grid_points, pack_limit
 from search.study import AskedTrial, check_sampler, create_study, open_storage
 from search.worker.session import data_yaml, study_tracker, versions
-from yolocore.data.dataset import DatasetConfig, Split, fingerprint, load_dataset_config, scan_split
+from yolocore.autoanchor import ENOUGH_RECALL, AnchorFit, AnchorTuple, autoanchor, current_fit
+from yolocore.data.dataset import DatasetConfig, LabelledImage, Split, fingerprint, load_dataset_config, scan_split
 from yolocore.device import resolve_device, resolve_precision
 from yolocore.training.optim import NOMINAL_BATCH_SIZE, Clock, Schedule
+from yolocore.training.start import start_weights
+
+logger = logging.getLogger(__name__)
 
 STEPS_FROM_SCRATCH = 500
 STEPS_FROM_WEIGHTS = 100
@@ -41,6 +47,12 @@ class StudyPlan:
     pack: int
     images: dict[str, int]
     labels_per_class: dict[str, int]
+    training: Split
+    """The images and labels to train on."""
+    anchors: AnchorTuple
+    """Those of the weights, or YOLOv5's; pixels."""
+    transferred: str | None
+    """How many of the model's tensors the weights file gives, as 343/349."""
     notices: tuple[str, ...]
 
     def rows(self) -> list[tuple[str, str]]:
@@ -54,13 +66,39 @@ class StudyPlan:
             ("data", f"{self.data} (fingerprint {self.fingerprint})"),
             ("images", ", ".join(f"{count} {name}" for name, count in self.images.items())),
             ("training labels", ", ".join(f"{name} {count}" for name, count in self.labels_per_class.items())),
-            ("model", f"{size}, from {train.weights or 'scratch'}"),
+            ("model", f"{size}, from {self._start()}"),
+            *([("anchors", self._anchors())] if train.autoanchor else []),
             ("device", f"{self.device}, {self.precision}, packs of {self.pack}"),
             ("objective", config.objective.describe()),
             ("trials", f"{config.trials}, sampler {config.sampler.name}, pruner {config.pruner.name}"),
             *space,
             ("database", mask_url(self.storage_url)),
         ]
+
+    def _start(self) -> str:
+        weights = self.config.train.weights
+        return "scratch" if weights is None else f"{weights} ({self.transferred} tensors transferred)"
+
+    def anchor_fit(self) -> AnchorFit:
+        """How well the anchors fit the labels."""
+        return current_fit(*self._anchor_question())
+
+    def prepare(self) -> Prepared:
+        """What is worked out once for all trials; takes seconds where the anchors do not fit, more with many labels."""
+        found = autoanchor(*self._anchor_question()) if self.config.train.autoanchor else None
+        return Prepared(autoanchor=found, transferred=self.transferred)
+
+    def _anchor_question(self) -> tuple[tuple[LabelledImage, ...], AnchorTuple, int, float, int]:
+        train = self.config.train
+        anchor_t = self.config.base_hyperparameters().anchor_t
+        return self.training.images, self.anchors, train.image_size, anchor_t, train.seed
+
+    def _anchors(self) -> str:
+        fit = self.anchor_fit()
+        text = f"best possible recall {fit.bpr:.4f}, {fit.aat:.2f} anchors per label"
+        return (
+            text if fit.bpr > ENOUGH_RECALL else f"{text}: AutoAnchor looks for better ones when the study is created"
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for `--json`; no password in it."""
@@ -74,6 +112,8 @@ class StudyPlan:
             "pack": self.pack,
             "images": self.images,
             "labels_per_class": self.labels_per_class,
+            "transferred": self.transferred,
+            "anchor_fit": asdict(self.anchor_fit()),
             "space": {key: entry.describe() for key, entry in self.config.space.items()},
             "base": base_params(self.config),
             "objective": self.config.objective.describe(),
@@ -102,6 +142,7 @@ def plan_study(config: StudyConfig, storage_url: str, runs_dir: Path, data: Path
     device = resolve_device(config.train.device)
     check_objective(config, dataset.names, _labelled_classes(splits["val"]))
     counts = _class_counts(splits["train"])
+    start = start_weights(config.train_config(data), dataset.num_classes)
     return StudyPlan(
         config=config,
         storage_url=storage_url,
@@ -114,6 +155,9 @@ def plan_study(config: StudyConfig, storage_url: str, runs_dir: Path, data: Path
         pack=pack_limit(config),
         images={name: len(split.images) for name, split in splits.items()},
         labels_per_class={name: counts[index] for index, name in enumerate(dataset.names)},
+        training=splits["train"],
+        anchors=start.anchors,
+        transferred=f"{start.transferred}/{start.total}" if config.train.weights else None,
         notices=tuple(_notices(config, dataset, splits)),
     )
 
@@ -193,13 +237,15 @@ def create_or_resume(plan: StudyPlan, more_trials: int = 0) -> bool:
     ledger = Ledger(make_engine(plan.storage_url))
     ledger.initialise()
     storage = open_storage(plan.storage_url)
+    # Outside the lock: it takes its time, and two who create the same study find the same.
+    prepared = None if _exists(ledger, plan.config.name) else plan.prepare()
     with init_lock(plan.storage_url):
         try:
             record = ledger.study(plan.config.name)
         except UnknownStudyError:
             _check_grid(plan.config, plan.config.trials + more_trials)
             base = create_study(plan.config, storage)
-            _create(ledger, plan, base, more_trials)
+            _create(ledger, plan, prepared or plan.prepare(), base, more_trials)
             return True
         _resume(ledger, plan, record, more_trials)
         return False
@@ -213,10 +259,20 @@ def _check_grid(config: StudyConfig, trials: int) -> None:
         raise StudyConfigError(f"study {config.name}: trials: got {trials}; allowed: 1 to {points}, the whole grid")
 
 
-def _create(ledger: Ledger, plan: StudyPlan, base: AskedTrial, more_trials: int) -> None:
+def _exists(ledger: Ledger, name: str) -> bool:
+    try:
+        ledger.study(name)
+    except UnknownStudyError:
+        return False
+    return True
+
+
+def _create(ledger: Ledger, plan: StudyPlan, prepared: Prepared, base: AskedTrial, more_trials: int) -> None:
+    if prepared.anchors is not None:
+        logger.warning("study %s: anchors %s", plan.config.name, dict(prepared.rows())["anchors"])
     record = StudyRecord(
         name=plan.config.name,
-        config=plan.config.to_json(),
+        config=prepared.added_to(plan.config.to_json()),
         fingerprint=plan.fingerprint,
         versions=versions(),
         created=time.time(),

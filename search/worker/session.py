@@ -19,6 +19,7 @@ from search.demo import write_digits
 from search.errors import SearchError, StudyConflictError
 from search.ledger import Ledger, StudyRecord
 from search.paths import StudyFolder
+from search.prepared import Prepared
 from search.study import load_study, open_storage, warm_up
 from search.tracking import Tracker, open_tracker
 from search.worker.context import WorkerContext
@@ -126,7 +127,7 @@ def _open(options: WorkerOptions, ledger: Ledger, record: StudyRecord, config: S
             f"{data}: fingerprint {found} is not that of study {config.name} ({record.fingerprint}): images, labels or "
             "names changed since it was created; allowed: the same data, or a study of another name"
         )
-    train = config.train_config(data)
+    train = replace(config.train_config(data), anchors=Prepared.of(record.config).anchors)
     device = resolve_device(options.device or train.device)
     train = replace(train, device=str(device), precision=resolve_precision(train.precision, device))
     timeout = config.timeout if options.timeout is None else options.timeout

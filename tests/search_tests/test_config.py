@@ -10,6 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from search.config import (
+    STUDY_WIDE_KEYS,
     StudyConfig,
     check_objective,
     load_study_config,
@@ -373,5 +374,5 @@ def test_train_config_carries_every_training_key(folder: Path) -> None:
 
     train = config.train_config(folder / "data.yaml")
 
-    expected = {**config.train.model_dump(exclude={"pack"}), "data": folder / "data.yaml"}
+    expected = {**config.train.model_dump(exclude=set(STUDY_WIDE_KEYS)), "data": folder / "data.yaml"}
     assert {key: value for key, value in dataclasses.asdict(train).items() if key in expected} == expected

@@ -24,6 +24,7 @@ BEST = BestTrial(
     complete=9,
     fingerprint="0123456789abcdef",
     metrics={"fitness": 0.41234, "map50": 0.6, "val_box": 0.03},
+    anchors="kept: best possible recall 1.0000, 5.21 anchors per label",
 )
 
 
@@ -49,6 +50,7 @@ def test_export_best_header_names_where_the_values_come_from(tmp_path: Path) -> 
     assert "fitness at the last epoch = 0.41234, base 0.40000 (+0.01234)" in header
     assert "metrics:    fitness 0.4123, map50 0.6000\n" in header
     assert "fingerprint 0123456789abcdef" in header
+    assert "anchors:    kept: best possible recall 1.0000" in header
     assert "written:    20" in header
     assert "unconfirmed" in header
     assert "cls_pw is the positive weight of YOLOv5's class loss" in header

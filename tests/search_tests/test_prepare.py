@@ -2,14 +2,21 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from optuna.trial import TrialState
 from tiny import NAME, TinyStudy, make_study
 
 from search.errors import StudyConfigError, StudyConflictError
+from search.export import best_trial
 from search.launch.prepare import create_or_resume, plan_study
 from search.ledger import TicketState
+from search.prepared import Prepared
+from search.report import study_status
+from yolocore.checkpoint import load_weights, save_weights
+from yolocore.model import ANCHORS_KEY, initial_state
 
 
 @pytest.fixture(autouse=True)
@@ -161,3 +168,60 @@ def test_create_or_resume_on_postgresql(make: Callable[..., TinyStudy], postgres
 
     assert len(study.tickets()) == 4
     assert len(study.optuna_trials()) == 1
+
+
+def misfit(make: Callable[..., TinyStudy], folder: str = "study", **train: Any) -> TinyStudy:
+    """A study whose `anchor_t` is so strict that no usual anchor fits its labels."""
+    settings = {"epochs": 1, "image_size": 64, **train}
+    return make(folder, trials=1, train=settings, base_hyp={"mosaic": 0, "anchor_t": 1.3}, tracked=True)
+
+
+def test_create_or_resume_anchors_that_do_not_fit_are_replaced_once_for_all_trials(
+    make: Callable[..., TinyStudy], caplog: pytest.LogCaptureFixture
+) -> None:
+    study = misfit(make)
+    study.create()
+    stored = study.ledger.study(NAME).config
+    found = Prepared.of(stored).autoanchor
+    assert found is not None
+    assert (found.outcome, found.after.bpr > found.before.bpr) == ("replaced", True)
+    assert f"study {NAME}: anchors replaced: best possible recall {found.before.bpr:.4f}" in caplog.text
+
+    assert study.create() is False
+    assert study.ledger.study(NAME).config == stored
+    study.work()
+
+    weights = load_weights(study.runs / NAME / "trials" / "00000" / "best.safetensors")
+    pixels = weights[ANCHORS_KEY] * torch.tensor([8.0, 16.0, 32.0]).view(3, 1, 1)
+    torch.testing.assert_close(pixels, torch.tensor(found.anchors), rtol=0, atol=1e-4)
+    assert study.mlflow_runs()["summary"].data.params["prepared.autoanchor.outcome"] == "replaced"
+    assert best_trial(study.ledger, study.config).anchors == found.describe()
+    status = study_status(study.ledger, study.config)
+    assert status.prepared.rows() == [("anchors", found.describe())]
+    assert status.to_json()["prepared"]["autoanchor"]["labels"] == found.labels
+
+
+def test_create_or_resume_autoanchor_is_a_function_of_the_seed_and_can_be_switched_off(
+    make: Callable[..., TinyStudy],
+) -> None:
+    found = []
+    for folder, train in (("a", {}), ("b", {}), ("c", {"seed": 1}), ("off", {"autoanchor": False})):
+        study = misfit(make, folder, **train)
+        study.create()
+        found.append(Prepared.of(study.ledger.study(NAME).config).autoanchor)
+    assert found[0] == found[1] != found[2]
+    assert found[3] is None
+
+
+def test_plan_study_with_weights_counts_what_fits_and_takes_their_anchors(make: Callable[..., TinyStudy]) -> None:
+    study = make(trials=1)
+    file = study.folder / "start.safetensors"
+    own = torch.full((3, 3, 2), 20.0) * torch.arange(1, 4).view(3, 1, 1)
+    save_weights(file, initial_state("n", 80, 0, own))
+    study.write(train={"weights": str(file)})
+
+    plan = plan_study(study.config, study.storage_url, study.runs)
+
+    assert plan.transferred == "343/349"
+    assert ("model", f"yolov5n, 64 px, batch 8, 2 epochs, from {file} (343/349 tensors transferred)") in plan.rows()
+    assert torch.equal(torch.tensor(plan.anchors), own)

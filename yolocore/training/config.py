@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from yolocore.autoanchor import AnchorTuple
 from yolocore.errors import InputError
 from yolocore.model import ModelSize
 
@@ -46,6 +47,8 @@ class TrainConfig:
     """auto, fp32, bf16 or fp16."""
     weights: Path | None = None
     """A weights file to start from; None starts from `seed`."""
+    anchors: AnchorTuple | None = None
+    """[L][A] (width, height) in pixels; None takes those of `weights`, or YOLOv5's."""
     optimizer: OptimizerName = "SGD"
     """SGD with Nesterov momentum, Adam, or AdamW (both take `momentum` as their first beta)."""
     cos_lr: bool = False

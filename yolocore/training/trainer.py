@@ -8,19 +8,18 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from yolocore.checkpoint import load_weights, transfer
 from yolocore.data.augment import AugmentSettings
 from yolocore.data.dataset import load_dataset_config, scan_split
 from yolocore.data.loader import Batch, TrainLoader, ValLoader
 from yolocore.device import resolve_device, resolve_precision
-from yolocore.errors import TrainingError, WeightsError
+from yolocore.errors import TrainingError
 from yolocore.evaluate import evaluate
 from yolocore.hyperparameters import Hyperparameters
 from yolocore.metrics import DetectionMetrics
-from yolocore.model import initial_state
 from yolocore.training.config import TrainConfig
 from yolocore.training.multiscale import batch_sizes
 from yolocore.training.pack import Pack, PackSlot, SlotEpoch, check_compatible, fresh_state
+from yolocore.training.start import start_weights
 
 VALIDATION_BATCH_FACTOR = 2
 """Validation keeps no gradients and takes larger batches."""
@@ -165,6 +164,7 @@ class PackTrainer:
         if self.device.type == "cuda":
             # Shapes repeat: let it pick the fastest kernels once. With multi-scale it would measure ever again.
             torch.backends.cudnn.benchmark = not config.multi_scale
+        self._fresh: dict[str, Any] | None = None
         self._pack: Pack | None = None
         self._start(starts)
 
@@ -186,11 +186,10 @@ class PackTrainer:
         return max((stream_epoch(start.state, len(self._stream)) for start in starts if start.state), default=0)
 
     def _slots(self, starts: Sequence[SlotStart]) -> list[PackSlot]:
-        fresh: dict[str, Any] = {}
-        if any(start.state is None for start in starts):
-            fresh = fresh_state(start_weights(self.config, self.data.num_classes))
+        if self._fresh is None and any(start.state is None for start in starts):
+            self._fresh = fresh_state(start_weights(self.config, self.data.num_classes).state)
         return [
-            PackSlot(start.key, start.hyperparameters, fresh if start.state is None else start.state)
+            PackSlot(start.key, start.hyperparameters, (self._fresh or {}) if start.state is None else start.state)
             for start in starts
         ]
 
@@ -345,23 +344,6 @@ class PackTrainer:
         if key not in self.active:
             raise TrainingError(f"slot {key} is not in the pack; it holds {', '.join(self.active) or 'none'}")
         return self.active.index(key)
-
-
-def start_weights(config: TrainConfig, num_classes: int) -> dict[str, Tensor]:
-    """The weights that every fresh slot starts from: by seed, or what fits of a weights file.
-
-    Raises:
-        WeightsError: The file cannot be read, or nothing of it fits.
-    """
-    fresh = initial_state(config.model, num_classes, config.seed)
-    if config.weights is None:
-        return fresh
-    merged, taken, total = transfer(load_weights(config.weights), fresh)
-    if taken == 0:
-        raise WeightsError(
-            f"{config.weights}: none of the {total} tensors of yolov5{config.model} fits in name and shape"
-        )
-    return merged
 
 
 def stream_epoch(state: Mapping[str, Any], batches_per_epoch: int) -> int:
