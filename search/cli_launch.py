@@ -8,9 +8,12 @@ import shutil
 import signal
 import sys
 import uuid
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from enum import StrEnum
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -68,6 +71,13 @@ STOPPING = "stopping: running trials are handed back; the same command takes the
 app = typer.Typer()
 
 
+class Engine(StrEnum):
+    """What starts worker processes."""
+
+    LOCAL = "local"
+    RAY = "ray"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Job:
     """A study that is in its database, ready to be worked on."""
@@ -115,6 +125,16 @@ def launch(
         str | None, typer.Option(metavar="0,1,...", help="GPUs as cuda:N counts them, or none; default all.")
     ] = None,
     per_gpu: Annotated[int, typer.Option(min=1, help="Workers that share a GPU.")] = 1,
+    on: Annotated[Engine, typer.Option(help="What starts the workers: this command, or a Ray cluster.")] = Engine.LOCAL,
+    address: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Ray: auto (default), local, HOST:PORT or ray://HOST:PORT."),
+    ] = None,
+    gpus_per_worker: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="Ray: GPU of each worker, 0 to 1; default 1 / per-gpu.")
+    ] = None,
+    cpus_per_worker: Annotated[float | None, typer.Option(help="Ray: cores of each worker; default 1.")] = None,
+    placement: Annotated[str | None, typer.Option(metavar="spread|pack", help="Ray: spread (default) or pack.")] = None,
     data: Data = None,
     timeout: Timeout = None,
     lease: Lease = DEFAULT_LEASE_SECONDS,
@@ -132,10 +152,17 @@ def launch(
 
     Example: yolosearch launch my-study --gpus 0,1,2,3 --per-gpu 2
     """
+    options = {
+        "--address": address,
+        "--gpus-per-worker": gpus_per_worker,
+        "--cpus-per-worker": cpus_per_worker,
+        "--placement": placement,
+    }
+    start = _on_ray(options, workers, gpus) if on is Engine.RAY else _on_this_host(options)
     runs = runs_folder(runs_dir)
     is_file = is_study_file(study)
     job = _create(Path(study), None, storage, runs, as_json, data) if is_file else _existing(study, storage, runs)
-    chosen = _gpus(gpus, job.config)
+    chosen = _gpus(gpus, job.config) if on is Engine.LOCAL else ()
     plan = replace(
         _launch_plan(job),
         workers=choose_workers(workers, len(chosen), per_gpu),
@@ -149,7 +176,7 @@ def launch(
         stop_seconds=stop_seconds,
     )
     if job.has_work:
-        _work(job, LocalLauncher(plan, job.ledger), WorkerScreen(), quiet=as_json)
+        _work(job, start(plan, job.ledger), WorkerScreen(), quiet=as_json)
     _print_outcome(job, as_json, every_trial=False)
 
 
@@ -246,6 +273,29 @@ def _gpus(asked: str | None, config: StudyConfig) -> tuple[str, ...]:
     visible = visible_gpus()
     _, _, number = device.partition(":")
     return choose_gpus(number or None if asked is None else asked, visible)
+
+
+def _on_this_host(options: Mapping[str, Any]) -> Callable[[LaunchPlan, Ledger], Launcher]:
+    for name, value in options.items():
+        if value is not None:
+            raise UserInputError(f"{name}: got {value!r}; allowed: with --on ray only")
+    return LocalLauncher
+
+
+def _on_ray(
+    options: Mapping[str, Any], workers: int | None, gpus: str | None
+) -> Callable[[LaunchPlan, Ledger], Launcher]:
+    """Refuses what Ray cannot do, before a study is created."""
+    from search.launch.ray import RayShare, import_ray, launch_on_ray
+
+    import_ray()
+    if workers is None:
+        raise UserInputError("--workers: got none; allowed with --on ray: a number of workers, 1 or more")
+    if gpus is not None:
+        raise UserInputError(f"--gpus: got {gpus!r}; allowed with --on ray: --gpus-per-worker, Ray chooses which")
+    names = {"gpus": "--gpus-per-worker", "cpus": "--cpus-per-worker", "placement": "--placement"}
+    share = RayShare(**{key: value for key, name in names.items() if (value := options[name]) is not None})
+    return partial(launch_on_ray, address=options["--address"], share=share)
 
 
 def _work(job: _Job, launcher: Launcher, screen: Screen, *, quiet: bool) -> None:
