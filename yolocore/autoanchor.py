@@ -8,15 +8,18 @@ over the labels' sizes and refined by random mutations; they are taken if their 
 Sizes are (width, height) in pixels of the training image. Which numbers: docs/fidelity.md.
 """
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from yolocore.data.dataset import LabelledImage
+if TYPE_CHECKING:  # it would bring torch, and results are read where nobody waits for that
+    from yolocore.data.dataset import LabelledImage
 
 ENOUGH_RECALL = 0.98
 """With a BPR above this the anchors stay."""
