@@ -27,12 +27,21 @@ _stalled_if_taken = sa.case(
 
 
 def claim(
-    connection: Connection, study: str, kind: str, worker: str, limit: int, lease_seconds: float, token: str
+    connection: Connection,
+    study: str,
+    kind: str,
+    worker: str,
+    limit: int,
+    lease_seconds: float,
+    token: str,
+    *,
+    joining: bool = False,
 ) -> tuple[Ticket, ...]:
-    """Leases up to `limit` tickets that can train together: all have the same `epochs_done`.
+    """Leases up to `limit` tickets.
 
     Started tickets go first, so that interrupted trials end before new ones begin; then by number. A ticket on its last
-    chance is claimed alone, so that a trial that kills its worker cannot spend the last chance of its neighbours.
+    chance is claimed alone and never to join others, so that a trial that kills its worker cannot spend the last chance
+    of its neighbours.
 
     Raises:
         UnknownStudyError, StudyStoppedError.
@@ -41,16 +50,18 @@ def claim(
     if record.stop_reason is not None:
         raise StudyStoppedError(f"study {study!r} was stopped: {record.stop_reason}")
     now = clock(connection)
-    first = _first_startable(connection, study, kind, now)
-    if first is None:
+    first = None if joining else _first_startable(connection, study, kind, now)
+    if first is None and not joining:
         return ()
-    chosen = [first]
-    if first.stalled_attempts < MAX_STALLED - 1:
-        companions = (_columns.epochs_done == first.epochs_done) & (_columns.id != first.id)
-        with_chances = companions & (_stalled_if_taken < MAX_STALLED - 1)
-        others = _lock_claimable(connection, study, kind, now, limit - 1, with_chances)
-        chosen.extend(_end_expired(connection, ticket) for ticket in others)
-    _lease(connection, chosen, worker, now, lease_seconds, token)
+    chosen = [] if first is None else [first]
+    if first is None or first.stalled_attempts < MAX_STALLED - 1:
+        others = _stalled_if_taken < MAX_STALLED - 1
+        if first is not None:
+            others &= _columns.id != first.id
+        found = _lock_claimable(connection, study, kind, now, limit - len(chosen), others)
+        chosen.extend(_end_expired(connection, ticket) for ticket in found)
+    if chosen:
+        _lease(connection, chosen, worker, now, lease_seconds, token)
     return claimed_with(connection, token)
 
 

@@ -248,12 +248,21 @@ class Ledger:
     # -- claiming -----------------------------------------------------------------------------------------------------
 
     def claim(
-        self, study: str, worker: str, limit: int, lease_seconds: float, *, kind: str = SEARCH
+        self, study: str, worker: str, limit: int, lease_seconds: float, *, kind: str = SEARCH, joining: bool = False
     ) -> tuple[Ticket, ...]:
-        """Leases up to `limit` tickets to `worker`, all with the same `epochs_done`; () if none is free now.
+        """Leases up to `limit` tickets to `worker`; () if none is free now.
 
         Interrupted trials come first, then by number. A ticket with `trial_id` continues that trial. Tickets whose
-        lease expired are taken over; one that made no progress in `MAX_STALLED` attempts in a row becomes FAIL instead.
+        lease expired are taken over; one that made no progress in `MAX_STALLED` attempts in a row becomes FAIL instead,
+        and one attempt before that it is claimed alone.
+
+        Args:
+            study: its name.
+            worker: who claims.
+            limit: at most so many.
+            lease_seconds: how long a silent worker keeps them.
+            kind: which budget.
+            joining: they join trials that the worker is training: none that is on its last chance.
 
         Raises:
             UnknownStudyError: no such study.
@@ -267,7 +276,9 @@ class Ledger:
             tries += 1
             # An earlier try may have been committed although its answer was lost.
             earlier = claims.claimed_with(connection, token) if tries > 1 else ()
-            return earlier or claims.claim(connection, study, kind, worker, limit, lease_seconds, token)
+            return earlier or claims.claim(
+                connection, study, kind, worker, limit, lease_seconds, token, joining=joining
+            )
 
         return self._write(claim) if limit > 0 else ()
 

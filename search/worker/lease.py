@@ -48,6 +48,12 @@ class LeaseKeeper:
         with self._lock:
             return frozenset(self._lost)
 
+    @property
+    def held(self) -> frozenset[int]:
+        """Tickets that are ours as far as is known."""
+        with self._lock:
+            return frozenset(self._held)
+
     def hold(self, ticket_ids: Iterable[int]) -> None:
         """Renews these tickets from now on."""
         with self._lock:

@@ -12,7 +12,7 @@ from yolocore.training.trainer import EpochReport
 
 @dataclass(frozen=True, slots=True)
 class TrialStart:
-    """One trial that a pack starts with; `key` is its ticket's id."""
+    """One trial that enters a pack; `key` is its ticket's id."""
 
     key: str
     number: int
@@ -37,16 +37,14 @@ class StartPack:
 
 
 @dataclass(frozen=True, slots=True)
-class PackStarted:
-    """Trainer to supervisor: which trials are in the pack, and at which epoch they really are.
+class Standing:
+    """Trainer to supervisor, whenever trials enter the pack: at which epoch they really are.
 
     A trial whose checkpoint was lost or damaged stands at an earlier epoch than asked, with the reasons in `notes`.
-    Trials that do not stand where the others do are left out; they start with another pack.
     """
 
-    standing: Mapping[str, tuple[int, str | None]]
+    epochs: Mapping[str, tuple[int, str | None]]
     """For every trial the epochs that it really has behind it, and the checkpoint that says so."""
-    left_out: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -64,13 +62,14 @@ class EpochDone:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Supervisor to trainer, the answer to `EpochDone`.
+    """Supervisor to trainer, the answer to `EpochDone`: who leaves and who comes in.
 
     The trainer waits for it for a short time only: while the database is away training goes on, and a verdict that
-    comes late takes effect at the next epoch boundary.
+    comes late takes effect at the next epoch boundary. With nothing left to train it waits as long as it takes.
     """
 
     drop: tuple[str, ...] = ()
+    join: tuple[TrialStart, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,4 +93,4 @@ class PackCrashed:
     """Whether it is the user's to mend (data, weights, device), so that no trial is to blame."""
     out_of_memory: bool = False
     started: bool = True
-    """False if it happened while the trials' states were put together."""
+    """False if it happened while the states of the first trials were put together."""

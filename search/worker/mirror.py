@@ -50,6 +50,9 @@ METRIC_NAMES = {
     "lr_decay": "lr/weights",
     "lr_norm": "lr/norm",
     "seconds": "time/epoch_seconds",
+    "eval_seconds": "time/evaluation_seconds",
+    "slots": "pack/slots",
+    "stream_epoch": "pack/stream_epoch",
 }
 TRACKED_STATES = {
     TicketState.WAITING: TrackedState.SCHEDULED,

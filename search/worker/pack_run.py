@@ -20,8 +20,8 @@ from search.worker.messages import (
     EpochDone,
     PackCrashed,
     PackEnded,
-    PackStarted,
     Secured,
+    Standing,
     StartPack,
     TrialStart,
     Verdict,
@@ -34,7 +34,8 @@ from yolocore.training.trainer import EpochReport
 
 logger = logging.getLogger(__name__)
 
-Action = Callable[[Ticket, EpochReport], None]
+Refill = Callable[[int], Sequence[Ticket]]
+"""Gives further tickets, with their trials, to a pack that trains so many now."""
 
 
 class PackCrashedError(SearchError):
@@ -52,6 +53,7 @@ class PackRun:
 
     Attributes:
         alive: Tickets that are in the pack and not ended, by id.
+        total: How many tickets ever were in it.
     """
 
     def __init__(
@@ -62,7 +64,9 @@ class PackRun:
         trainer: TrainerLink,
         store: CheckpointStore,
         tickets: Sequence[Ticket],
+        refill: Refill | None = None,
     ) -> None:
+        """Takes the tickets that start together; without `refill` they stay a cohort, which only shrinks."""
         self._context = context
         self._config = context.config
         self._ledger = context.ledger
@@ -70,10 +74,12 @@ class PackRun:
         self._leases = leases
         self._trainer = trainer
         self._checkpoints = store
+        self._refill = refill
         self.alive = {ticket.id: ticket for ticket in tickets}
+        self.total = len(tickets)
 
     def train(self) -> None:
-        """Trains all trials to their ends.
+        """Trains all trials to their ends, those included that join on the way.
 
         Raises:
             TrainerDiedError: The trainer process is gone.
@@ -83,16 +89,23 @@ class PackRun:
         self._trainer.send(StartPack(tuple(self._start(ticket) for ticket in self.alive.values())))
         while not isinstance(message := self._trainer.receive(), PackEnded):
             match message:
-                case PackStarted():
-                    self._begin(message)
+                case Standing():
+                    self._note_standing(message)
                 case EpochDone():
                     self._settle(message.reports)
                     over = tuple(report.key for report in message.reports if int(report.key) not in self.alive)
-                    self._trainer.send(Verdict(over))
+                    self._trainer.send(Verdict(over, self._join()))
                 case Secured():
                     self._note_progress(message)
                 case PackCrashed():
                     raise UserInputError(message.reason) if message.fixable else PackCrashedError(message)
+
+    def _join(self) -> tuple[TrialStart, ...]:
+        """The trials that take the places of those that have ended."""
+        tickets = () if self._refill is None else self._refill(len(self.alive))
+        self.alive.update({ticket.id: ticket for ticket in tickets})
+        self.total += len(tickets)
+        return tuple(self._start(ticket) for ticket in tickets)
 
     def fail(self, ticket: Ticket, reason: str) -> None:
         """Ends a trial as FAIL."""
@@ -114,17 +127,14 @@ class PackRun:
             stopping=early_stopping(self._context.train.patience, done),
         )
 
-    def _begin(self, message: PackStarted) -> None:
+    def _note_standing(self, message: Standing) -> None:
         """Takes note of trials that do not start where their checkpoint should have been."""
         for note in message.notes:
             logger.warning("%s", note)
-        for ticket in list(self.alive.values()):
-            epochs, reference = message.standing[str(ticket.id)]
-            if epochs != ticket.epochs_done:
+        for key, (epochs, reference) in message.epochs.items():
+            ticket = self.alive.get(int(key))
+            if ticket is not None and epochs != ticket.epochs_done:
                 self._unless_lost(ticket, partial(self._ledger.save_progress, ticket, epochs, reference))
-            if str(ticket.id) in message.left_out:
-                self._ledger.hand_back([ticket])
-                self._close(ticket)
 
     def _note_progress(self, message: Secured) -> None:
         for key, (epochs, name) in message.checkpoints.items():
@@ -138,7 +148,7 @@ class PackRun:
         self._tidy(partial(self._checkpoints.keep_latest, ticket.number, epochs))
 
     def _settle(self, reports: Sequence[EpochReport]) -> None:
-        """Stores the epoch of every slot before any is judged, so that neighbours are compared at the same epoch."""
+        """Stores the epoch of every slot before any is judged, so that those at the same epoch are compared."""
         for ticket_id in self._leases.lost & set(self.alive):
             self._forget(self.alive[ticket_id])
         for act in (self._store, self._judge):
@@ -255,4 +265,7 @@ def epoch_metrics(report: EpochReport) -> dict[str, float]:
         "lr_decay": decay,
         "lr_norm": norm,
         "seconds": report.seconds,
+        "eval_seconds": report.evaluation_seconds,
+        "slots": report.slots,
+        "stream_epoch": report.stream_epoch,
     }

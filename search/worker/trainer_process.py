@@ -14,7 +14,6 @@ import os
 import signal
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -32,23 +31,25 @@ from search.worker.messages import (
     EpochDone,
     PackCrashed,
     PackEnded,
-    PackStarted,
     Secured,
+    Standing,
     StartPack,
     TrialStart,
+    Verdict,
 )
 from yolocore.checkpoint import save_weights
-from yolocore.errors import CheckpointError, InputError
+from yolocore.errors import CheckpointError, InputError, TrainingError
 from yolocore.training.config import TrainConfig
 from yolocore.training.optim import EarlyStopping
+from yolocore.training.pack import check_state
 from yolocore.training.trainer import EpochReport, PackTrainer, SlotStart, TrainingData
 
 logger = logging.getLogger(__name__)
 
 ALIVE_SECONDS = 1.0
 VERDICT_SECONDS = 5.0
-"""How long training pauses at an epoch boundary for the verdict. Longer than a healthy database takes, and short enough
-that an outage costs little."""
+"""How long training pauses at an epoch boundary for the verdict. Longer than a healthy database takes, also to propose
+the next trials, and short enough that an outage costs little."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +93,18 @@ def _end_with_supervisor() -> None:
     os._exit(1)
 
 
+@dataclass(slots=True)
+class _Trial:
+    """A trial in the pack, as far as training it does not need to know."""
+
+    start: TrialStart
+    best: float
+    """Its best objective so far."""
+    stopping: EarlyStopping
+    secured: int
+    """Epochs that a checkpoint holds."""
+
+
 class _Trainer:
     """Answers `StartPack` with the messages of one pack."""
 
@@ -100,9 +113,7 @@ class _Trainer:
         self._settings = settings
         self._store = settings.open_checkpoints()
         self._data: TrainingData | None = None
-        self._trials: dict[str, TrialStart] = {}
-        self._best: dict[str, float] = {}
-        self._stopping: dict[str, EarlyStopping] = {}
+        self._trials: dict[str, _Trial] = {}
         self._started = False
         self._alive_at = 0.0
         self._owed = 0
@@ -136,16 +147,18 @@ class _Trainer:
         return PackEnded()
 
     def _train(self, trials: Sequence[TrialStart]) -> None:
-        self._trials = {trial.key: trial for trial in trials}
-        self._best = {trial.key: trial.best_value for trial in trials if trial.best_value is not None}
-        self._stopping = {trial.key: replace(trial.stopping) for trial in trials}
+        """Trains a pack from its first trials on until nobody is left in it and nobody joins."""
+        self._trials.clear()
         self._owed = 0
         self._started = False
         with self._pulse():
             data = self._training_data(trials[0])
-        starts = self._starts(trials)
         trainer = PackTrainer(
-            self._settings.train, starts, on_batch=self._on_batch, on_evaluation_batch=self._tell_alive, data=data
+            self._settings.train,
+            self._admit(trials),
+            on_batch=self._on_batch,
+            on_evaluation_batch=self._tell_alive,
+            data=data,
         )
         self._started = True
         while not trainer.finished:
@@ -153,30 +166,28 @@ class _Trainer:
             self._keep_weights(trainer, reports)
             self._send(EpochDone(tuple(reports)))
             self._owed += 1
-            dropped = self._dropped(last=trainer.finished)
-            trainer.drop([key for key in trainer.active if key in dropped])
-            if not trainer.finished:
-                self._secure(trainer)
+            self._obey(trainer)
+            self._secure(trainer)
 
-    def _starts(self, trials: Sequence[TrialStart]) -> list[SlotStart]:
-        """Loads checkpoints; the largest group that stands at one epoch starts, the others are left out."""
+    def _admit(self, trials: Sequence[TrialStart]) -> list[SlotStart]:
+        """Loads the checkpoints of trials that enter the pack, and says where each really stands."""
         notes: list[str] = []
         with self._pulse():
             found = {trial.key: self._load(trial, notes) for trial in trials}
-        epochs = {key: 0 if state is None else state.epochs_done for key, state in found.items()}
-        together = Counter(epochs.values()).most_common(1)[0][0]
-        chosen = [trial for trial in trials if epochs[trial.key] == together]
-        left_out = tuple(key for key in epochs if epochs[key] != together)
-        standing = {key: (epochs[key], None if state is None else state.reference) for key, state in found.items()}
-        self._send(PackStarted(standing, left_out, tuple(notes)))
-        return [SlotStart(trial.key, trial.hyperparameters, _tree(found[trial.key])) for trial in chosen]
+        epochs = {key: _standing(state) for key, state in found.items()}
+        for trial in trials:
+            best = -math.inf if trial.best_value is None else trial.best_value
+            self._trials[trial.key] = _Trial(trial, best, replace(trial.stopping), epochs[trial.key][0])
+        self._send(Standing(epochs, tuple(notes)))
+        return [SlotStart(trial.key, trial.hyperparameters, _tree(found[trial.key])) for trial in trials]
 
     def _load(self, trial: TrialStart, notes: list[str]) -> LoadedCheckpoint | None:
         if trial.epochs_done == 0:
             return None
         try:
             found = self._store.load(trial.number, trial.epochs_done, trial.checkpoint)
-        except CheckpointError as error:
+            check_state(f"of trial {trial.number}", found.tree, self._settings.train)
+        except (CheckpointError, TrainingError) as error:
             notes.append(f"trial {trial.number} starts over with its seed, its checkpoint is unusable: {error}")
             return None
         notes.extend(f"trial {trial.number}: {reason}" for reason in found.skipped)
@@ -191,43 +202,57 @@ class _Trainer:
                 raise InputError(f"{self._settings.train.data}: the data cannot be loaded: {error}") from error
         return self._data
 
-    def _dropped(self, *, last: bool) -> set[str]:
-        """Trials that the supervisor has ended by now. After the last epoch its verdict is waited for."""
-        drop: set[str] = set()
+    def _obey(self, trainer: PackTrainer) -> None:
+        """Takes out who has ended and lets in who joins, as far as the supervisor has answered by now."""
+        going_on = set(trainer.unfinished)
+        joining: dict[str, TrialStart] = {}
         deadline = time.monotonic() + VERDICT_SECONDS
-        while self._owed and (last or self._connection.poll(max(0.0, deadline - time.monotonic()))):
-            drop.update(self._connection.recv().drop)
+        # With nothing left to train it waits as long as it takes.
+        while self._owed and not ((going_on or joining) and not self._answered(deadline)):
+            verdict: Verdict = self._connection.recv()
             self._owed -= 1
-        return drop
+            going_on.difference_update(verdict.drop)
+            joining.update({trial.key: trial for trial in verdict.join})
+        starts = self._admit(list(joining.values())) if joining else []
+        trainer.reshape(drop=[key for key in trainer.active if key not in going_on], add=starts)
+        self._trials = {key: self._trials[key] for key in trainer.active}
+
+    def _answered(self, deadline: float) -> bool:
+        """Whether the supervisor has said something before the deadline."""
+        return self._connection.poll(max(0.0, deadline - time.monotonic()))
 
     def _keep_weights(self, trainer: PackTrainer, reports: Sequence[EpochReport]) -> None:
         """Writes the weights of the epoch that gives a trial its value: its last one, or its best one so far."""
         for report in reports:
             if report.metrics is not None and report.failure is None and self._counts(report):
-                path = self._settings.folder.weights(self._trials[report.key].number)
+                path = self._settings.folder.weights(self._trials[report.key].start.number)
                 save_weights(path, trainer.slot_weights(report.key))
 
     def _counts(self, report: EpochReport) -> bool:
         assert report.metrics is not None
+        trial = self._trials[report.key]
         if self._settings.objective.at == "last":
             # The supervisor, who decides from the stored epochs, will find the same.
-            is_stuck = self._stopping[report.key].update(report.epoch, report.metrics.fitness)
+            is_stuck = trial.stopping.update(report.epoch, report.metrics.fitness)
             return is_stuck or report.epoch + 1 >= self._settings.train.epochs
         value = objective_value(self._settings.objective, report.metrics.to_mapping(), self._settings.class_names)
-        if value < self._best.get(report.key, -math.inf):
+        if value < trial.best:
             return False
-        self._best[report.key] = value
+        trial.best = value
         return True
 
     def _secure(self, trainer: PackTrainer) -> None:
-        """Puts every slot that goes on on disk."""
+        """Puts every slot that goes on on disk, those apart that have just joined."""
         saved: dict[str, tuple[int, str]] = {}
         with self._pulse():
-            for key in trainer.active:
+            for key, done in trainer.epochs.items():
                 trial = self._trials[key]
-                epochs = trainer.epochs[key]
-                saved[key] = epochs, self._store.save(trial.number, trial.attempt, epochs, trainer.slot_state(key))
-        self._send(Secured(saved))
+                if done > trial.secured:
+                    start, state = trial.start, trainer.slot_state(key)
+                    saved[key] = done, self._store.save(start.number, start.attempt, done, state)
+                    trial.secured = done
+        if saved:
+            self._send(Secured(saved))
 
     def _on_batch(self, _done: int, _total: int) -> None:
         self._tell_alive()
@@ -264,6 +289,10 @@ class _Trainer:
 def _is_out_of_memory(error: Exception) -> bool:
     """Also on the CPU, where torch raises a plain RuntimeError."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _standing(found: LoadedCheckpoint | None) -> tuple[int, str | None]:
+    return (0, None) if found is None else (found.epochs_done, found.reference)
 
 
 def _tree(found: LoadedCheckpoint | None) -> Mapping[str, Any] | None:

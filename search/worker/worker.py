@@ -1,23 +1,23 @@
-"""The supervisor: claims tickets, gives them to its trainer as one pack, and answers for them."""
+"""The supervisor: claims tickets, gives them to its trainer as one pack, refills it, and answers for all of them."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 
 from search.errors import LeaseLostError, StudyStoppedError
-from search.ledger import Ticket, TicketState
+from search.ledger import MAX_STALLED, Ticket, TicketState
 from search.space import pack_limit
 from search.study import orphans, tell
 from search.worker.context import WorkerContext
 from search.worker.host import release_dead_neighbours
 from search.worker.lease import LeaseKeeper
-from search.worker.linking import link_trial
 from search.worker.mirror import Mirror
-from search.worker.pack_run import PackCrashedError, PackRun
+from search.worker.pack_run import PackCrashedError, PackRun, Refill
 from search.worker.stop import StopFlag, StopRequested
+from search.worker.supply import Supply
 from search.worker.trainer_link import TrainerDiedError, TrainerLink
 
 logger = logging.getLogger(__name__)
@@ -36,6 +36,7 @@ class Worker:
         self._stop = stop
         self._limit = pack_limit(context.config)
         self._leases = LeaseKeeper(context.ledger, context.worker_id, context.lease_seconds)
+        self._supply = Supply(context, mirror, self._leases, self._is_over)
         settings = context.trainer_settings()
         self._store = settings.open_checkpoints()
         self._trainer = TrainerLink(settings, context.hang_seconds, self._check_stop)
@@ -53,14 +54,11 @@ class Worker:
             while not self._stop.is_set:
                 self._check_failures()
                 release_dead_neighbours(self._ledger, self._config.name)
-                tickets = () if self._past_deadline() else self._claim()
-                if tickets:
-                    self._run_tickets(tickets)
-                elif self._others_are_busy() and not self._past_deadline():
+                if not self._run_pack():
+                    if not self._others_are_busy() or self._past_deadline():
+                        break
                     # Their tickets may still come back: whatever dies, somebody finishes it.
                     self._stop.wait(IDLE_SECONDS)
-                else:
-                    break
         return self._conclude()
 
     def _conclude(self) -> int:
@@ -72,16 +70,32 @@ class Worker:
                 tell(self._context.study, trial_id, TicketState.FAIL)
         return self._ledger.ended_by(self._context.worker_id)
 
-    def _claim(self) -> tuple[Ticket, ...]:
-        if any(self._ledger.open_counts(self._config.name).values()):
-            # Before anything is held: a signal that arrives during the first start finds nothing to hand back.
-            self._trainer.start()
-        if self._stop.is_set:
-            return ()
-        context = self._context
-        tickets = self._ledger.claim(self._config.name, context.worker_id, self._limit, context.lease_seconds)
-        self._leases.hold(ticket.id for ticket in tickets)
-        return tickets
+    def _run_pack(self) -> bool:
+        """Trains one pack, refilled as long as there are tickets; whatever happens, none stays with this worker.
+
+        Returns:
+            False if there was nothing to train.
+        """
+        try:
+            if any(self._ledger.open_counts(self._config.name).values()):
+                # Before anything is held: a signal that arrives during the first start finds nothing to hand back.
+                self._trainer.start()
+            tickets = self._supply.first(self._limit)
+            # Who may kill the trainer once more has it to itself.
+            last_chance = any(ticket.stalled_attempts >= MAX_STALLED - 1 for ticket in tickets)
+            if tickets:
+                self._train(tickets, None if last_chance else self._refill)
+            return bool(tickets)
+        except StopRequested:
+            return True
+        except LeaseLostError as error:
+            logger.warning("another worker took over: %s", error)
+            return True
+        finally:
+            self._supply.hand_back()
+
+    def _refill(self, busy: int) -> Sequence[Ticket]:
+        return self._supply.more(self._limit - busy)
 
     def _others_are_busy(self) -> bool:
         return self._ledger.open_counts(self._config.name)[TicketState.RUNNING] > 0
@@ -89,9 +103,18 @@ class Worker:
     def _past_deadline(self) -> bool:
         return self._context.deadline is not None and time.time() >= self._context.deadline
 
-    def _check_failures(self) -> None:
+    def _is_over(self) -> bool:
+        """Whether nothing new may be claimed: what runs still runs to its end, unless a signal asks for more."""
+        return self._stop.is_set or self._past_deadline() or self._failures() is not None
+
+    def _failures(self) -> int | None:
+        """How many trials in a row failed, if they are too many."""
         count = self._ledger.failures_in_a_row(self._config.name)
-        if count < self._config.max_failures_in_a_row:
+        return count if count >= self._config.max_failures_in_a_row else None
+
+    def _check_failures(self) -> None:
+        count = self._failures()
+        if count is None:
             return
         latest = self._ledger.latest_failures(self._config.name, count)
         reasons = dict.fromkeys(ticket.reason or "no reason known" for ticket in latest)
@@ -99,59 +122,41 @@ class Worker:
         self._ledger.stop(self._config.name, message)
         raise StudyStoppedError(f"study {self._config.name} stopped: {message}")
 
-    def _run_tickets(self, tickets: Sequence[Ticket]) -> None:
-        """Trains claimed tickets to their ends; whatever happens, none stays with this worker."""
-        try:
-            linked = [self._with_trial(ticket) for ticket in tickets]
-            for ticket in linked:
-                self._mirror.notify(ticket.id)
-            self._train(linked)
-        except StopRequested:
-            return
-        except LeaseLostError as error:
-            logger.warning("another worker took over: %s", error)
-        finally:
-            self._hand_back(tickets)
-
-    def _hand_back(self, tickets: Sequence[Ticket]) -> None:
-        """Gives back those that are still ours and not finished, uncharged, at their last checkpoint."""
-        self._leases.release(ticket.id for ticket in tickets)
-        self._ledger.hand_back(tickets)
-        for ticket in tickets:
-            self._mirror.notify(ticket.id)
-
-    def _with_trial(self, ticket: Ticket) -> Ticket:
-        return link_trial(self._ledger, self._context.study, self._config, ticket)
-
-    def _train(self, tickets: Sequence[Ticket]) -> None:
+    def _train(self, tickets: Sequence[Ticket], refill: Refill | None = None) -> None:
         """Trains one pack; a pack that crashes is retried trial by trial, so that the guilty one fails alone."""
-        run = PackRun(self._context, self._mirror, self._leases, self._trainer, self._store, tickets)
+        if not tickets:
+            return
+        run = PackRun(self._context, self._mirror, self._leases, self._trainer, self._store, tickets, refill)
         try:
             run.train()
             return
         except (TrainerDiedError, PackCrashedError) as error:
             # A signal to the whole process group ends the trainer as well, and is nobody's fault.
             self._check_stop()
-            logger.warning("a pack of %d trials crashed: %s", len(tickets), error)
+            logger.warning("a pack of %d trials crashed: %s", len(run.alive), error)
             crash = error
         # An exception may leave a device, or its memory, in a state that fails every later pack.
         self._trainer.close()
-        alive = list(run.alive.values())
-        if len(tickets) > 1:
-            for part in self._parts(alive, crash):
-                current = [now for ticket in part if (now := self._ours(ticket)) is not None]
-                if current:
-                    self._train(current)
-        elif alive and (ours := self._ours(alive[0])) is not None:
-            self._blame(run, ours, crash)
+        alive = self._ours(run.alive.values())
+        if isinstance(crash, PackCrashedError) and crash.out_of_memory and len(alive) > 1:
+            self._halve(alive, refill)
+        elif run.total > 1:
+            for ticket in alive:
+                self._train(self._ours([ticket]))
+        elif alive:
+            self._blame(run, alive[0], crash)
 
-    def _parts(self, tickets: list[Ticket], crash: Exception) -> list[list[Ticket]]:
-        """How a crashed pack is tried again: in halves if it was too large, from now on, and else one by one."""
-        if isinstance(crash, PackCrashedError) and crash.out_of_memory and len(tickets) > 1:
-            self._limit = half = max(1, len(tickets) // 2)
-            logger.warning("out of memory: this worker's packs have at most %d trials from now on", half)
-            return [tickets[start : start + half] for start in range(0, len(tickets), half)]
-        return [[ticket] for ticket in tickets]
+    def _halve(self, tickets: Sequence[Ticket], refill: Refill | None) -> None:
+        """Goes on with half of a pack that was too large; the others go back to the queue with their checkpoints."""
+        self._limit = half = len(tickets) // 2
+        logger.warning("out of memory: this worker's packs have at most %d trials from now on", half)
+        if refill is None:
+            # A cohort is nobody else's: its parts train one after the other.
+            for start in range(0, len(tickets), half):
+                self._train(self._ours(tickets[start : start + half]))
+            return
+        self._supply.hand_back(tickets[half:])
+        self._train(self._ours(tickets[:half]), refill)
 
     def _blame(self, run: PackRun, ticket: Ticket, crash: Exception) -> None:
         """One trial crashed alone. A process that dies may do so by chance, what raises does it again."""
@@ -164,11 +169,15 @@ class Worker:
         else:
             run.fail(ticket, str(crash))
 
-    def _ours(self, ticket: Ticket) -> Ticket | None:
-        """The ticket as it stands now, if the attempt still is this worker's: it may have gone to another."""
-        now = self._ledger.ticket(ticket.id)
-        held = now.state is TicketState.RUNNING and now.attempt == ticket.attempt
-        return now if held and now.worker == self._context.worker_id else None
+    def _ours(self, tickets: Iterable[Ticket]) -> list[Ticket]:
+        """The tickets as they stand now, as far as the attempts are this worker's: they may have gone to others."""
+        now = [(self._ledger.ticket(ticket.id), ticket.attempt) for ticket in tickets]
+        me = self._context.worker_id
+        return [
+            ticket
+            for ticket, attempt in now
+            if ticket.state is TicketState.RUNNING and ticket.attempt == attempt and ticket.worker == me
+        ]
 
     def _check_stop(self) -> None:
         if self._stop.is_set:

@@ -213,15 +213,15 @@ def test_claim_expired_lease_is_taken_over_with_its_trial(ledger: Ledger) -> Non
     assert new.history == ("attempt 1 on w: its lease expired (2 epochs done)",)
 
 
-def test_claim_interrupted_tickets_first_then_number_in_groups_of_equal_progress(ledger: Ledger) -> None:
+def test_claim_interrupted_tickets_first_then_number(ledger: Ledger) -> None:
     ledger.add_tickets("s", 4)
     tickets = ledger.claim("s", "w", 6, EXPIRED)
     for number, done in {1: 4, 2: 3, 4: 3, 5: 4}.items():
         ledger.save_progress(tickets[number], done, "c")
     ledger.hand_back([tickets[2], tickets[5]])  # the others' leases expire
     groups = [ledger.claim("s", "v", 3, 60) for _ in range(5)]
-    assert [numbers(group) for group in groups] == [[1, 5], [2, 4], [0, 3, 6], [7], []]
-    assert [{ticket.epochs_done for ticket in group} for group in groups[:4]] == [{4}, {3}, {0}, {0}]
+    assert [numbers(group) for group in groups] == [[1, 2, 4], [0, 3, 5], [6, 7], [], []]
+    assert [ticket.epochs_done for ticket in groups[0]] == [4, 3, 3]
 
 
 def test_claim_attempts_without_progress_end_in_fail_with_all_reasons(ledger: Ledger) -> None:
@@ -251,6 +251,17 @@ def test_claim_last_chance_is_taken_alone(ledger: Ledger) -> None:
     for _ in range(MAX_STALLED - 1):
         assert numbers(ledger.claim("s", "w", 2, EXPIRED)) == [0, 1]
     assert [numbers(ledger.claim("s", "w", 4, 60)) for _ in range(4)] == [[0], [1], [2, 3], []]
+
+
+def test_claim_joining_leaves_those_on_their_last_chance(ledger: Ledger) -> None:
+    for _ in range(MAX_STALLED - 1):
+        ledger.claim("s", "w", 2, EXPIRED)
+    assert [numbers(ledger.claim("s", "w", 1, 60, joining=True)) for _ in range(3)] == [[2], [3], []]
+    # Its lease expired as well, but it made progress: it may join others.
+    third = ledger.claim("s", "v", 9, EXPIRED)[0]
+    ledger.save_progress(third, 1, "c")
+    assert numbers(ledger.claim("s", "u", 4, 60, joining=True)) == [third.number]
+    assert numbers(ledger.claim("s", "u", 4, 60)) == [1]
 
 
 def test_hand_back_is_not_charged_and_keeps_progress(ledger: Ledger) -> None:
