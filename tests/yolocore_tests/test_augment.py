@@ -16,7 +16,7 @@ from yolocore.data.augment import (
     assemble_mosaic,
     box_candidates,
     draw_sample,
-    flip_horizontal,
+    flip,
     letterbox,
     mix_up,
     paste_mirrored,
@@ -231,12 +231,15 @@ def test_mix_up_golden_ratio_same_pixels(golden: dict[str, np.ndarray]) -> None:
     assert (mixed == golden["mixup/out_r0.4375"]).all()
 
 
-def test_flip_horizontal_label_moves_with_its_pixels() -> None:
+@pytest.mark.parametrize(
+    ("vertical", "place", "centre"), [(False, (1, 6), [0.8125, 0.375]), (True, (2, 1), [0.1875, 0.625])]
+)
+def test_flip_label_moves_with_its_pixels(vertical: bool, place: tuple[int, int], centre: list[float]) -> None:
     image = np.zeros((4, 8, 3), np.uint8)
     image[1, 1] = 255
-    flipped, labels = flip_horizontal(image, np.array([[2, 0.1875, 0.375, 0.125, 0.25]], np.float32))
-    assert flipped[1, 6].tolist() == [255, 255, 255]
-    assert labels.tolist() == [[2, 0.8125, 0.375, 0.125, 0.25]]
+    flipped, labels = flip(image, np.array([[2, 0.1875, 0.375, 0.125, 0.25]], np.float32), vertical=vertical)
+    assert np.argwhere(flipped[..., 0]).tolist() == [list(place)]
+    assert labels.tolist() == [[2, *centre, 0.125, 0.25]]
 
 
 def test_paste_mirrored_free_place_copies_object_and_label() -> None:

@@ -588,34 +588,21 @@ def shift_hsv(
     return _u8(cv2.cvtColor(merged, cv2.COLOR_HSV2BGR))
 
 
-def flip_vertical(image: UInt8Array, labels: Float32Array) -> tuple[UInt8Array, Float32Array]:
-    """Swap top and bottom.
+def flip(image: UInt8Array, labels: Float32Array, *, vertical: bool) -> tuple[UInt8Array, Float32Array]:
+    """Swap top and bottom, or left and right.
 
     Args:
         image: uint8 [h, w, 3].
         labels: [n, 5] fractions.
+        vertical: Whether top and bottom are swapped.
 
     Returns:
         Image and labels.
     """
+    axis, centre = (0, 2) if vertical else (1, 1)
     flipped = labels.copy()
-    flipped[:, 2] = 1 - flipped[:, 2]
-    return np.flipud(image), flipped
-
-
-def flip_horizontal(image: UInt8Array, labels: Float32Array) -> tuple[UInt8Array, Float32Array]:
-    """Swap left and right.
-
-    Args:
-        image: uint8 [h, w, 3].
-        labels: [n, 5] fractions.
-
-    Returns:
-        Image and labels.
-    """
-    flipped = labels.copy()
-    flipped[:, 1] = 1 - flipped[:, 1]
-    return np.fliplr(image), flipped
+    flipped[:, centre] = 1 - flipped[:, centre]
+    return np.flip(image, axis), flipped
 
 
 def mix_up(first: UInt8Array, second: UInt8Array, ratio: float) -> UInt8Array:
@@ -795,9 +782,9 @@ def training_sample(
     labels = to_fractions(boxes, size)
     image = shift_hsv(image, (settings.hsv_h, settings.hsv_s, settings.hsv_v), draw.hsv)
     if draw.flip_vertical:
-        image, labels = flip_vertical(image, labels)
+        image, labels = flip(image, labels, vertical=True)
     if draw.flip_horizontal:
-        image, labels = flip_horizontal(image, labels)
+        image, labels = flip(image, labels, vertical=False)
     return to_planes(image), labels
 
 
