@@ -747,7 +747,9 @@ def _check_objective(config: StudyConfig) -> Iterator[Problem]:
     if not config.objective.weights:
         yield Problem("objective", "names no metric", f"{', '.join(METRICS)} or {CLASS_AP}NAME")
     for term in config.objective.weights:
-        if term not in METRICS and not (term.startswith(CLASS_AP) and term != CLASS_AP):
+        if config.train.single_cls and term.startswith(CLASS_AP):
+            yield Problem("objective", f"got {_show(term)} with train.single_cls", ", ".join(METRICS))
+        elif term not in METRICS and not (term.startswith(CLASS_AP) and term != CLASS_AP):
             found = f"unknown metric {_show(term)}{_closest(term, METRICS)}"
             yield Problem("objective", found, f"{', '.join(METRICS)} or {CLASS_AP}NAME")
 

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, StrictBool
 from pydantic_core import PydanticCustomError
 
 METRICS = ("fitness", "map50", "map", "precision", "recall", "f1")
@@ -30,6 +30,12 @@ def _number(value: object) -> float:
 def _whole(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise PydanticCustomError("whole", "not a whole number")
+    return value
+
+
+def _count_or_auto(value: object) -> object:
+    if value != "auto" and _whole(value) < 0:
+        raise PydanticCustomError("count", "below 0")
     return value
 
 
@@ -136,8 +142,16 @@ class TrainSettings(Section):
     """Evaluate every so many epochs, and after the last; pruning decides at these epochs."""
     cache: Literal["ram", "disk", "none"] = "ram"
     """Where decoded images are kept."""
-    workers: Annotated[Whole, Field(ge=0)] = 0
-    """Loader processes; 0 loads in the trainer itself."""
+    workers: Annotated[
+        int | Literal["auto"],
+        PlainValidator(_count_or_auto),
+        Field(json_schema_extra=allowed_text("auto, or a whole number >= 0")),
+    ] = "auto"
+    """Loader processes; 0 loads in the trainer itself; auto: 0 on the CPU, else a share of the cores, at most 8."""
+    rect: StrictBool = False
+    """Batches of images of like shape, letterboxed as little as possible; no mosaic and no shuffling."""
+    single_cls: StrictBool = False
+    """Train as if all labels were of one class."""
     autoanchor: StrictBool = True
     """When the study is created, replace the anchors if they do not fit the labels; all trials use the same."""
     freeze: Annotated[Whole, Field(ge=0, le=24)] = 0

@@ -13,6 +13,7 @@ from search.errors import UserInputError
 from search.paths import StudyFolder
 from search.worker.existing import HANG_SECONDS
 from search.worker.lease import DEFAULT_LEASE_SECONDS
+from yolocore.host import WORKERS_VARIABLE, available_cores
 
 GPU_VARIABLE = "CUDA_VISIBLE_DEVICES"
 THREADS_VARIABLE = "OMP_NUM_THREADS"
@@ -108,15 +109,12 @@ class LaunchPlan:
         environment = {STORAGE_URL_VARIABLE: self.storage_url}
         if seat.gpu is not None:
             environment[GPU_VARIABLE] = seat.gpu
+        if self.workers > 1 and WORKERS_VARIABLE not in os.environ:
+            environment[WORKERS_VARIABLE] = str(self.workers)
         if self.workers > 1 and THREADS_VARIABLE not in os.environ:
             # Several trainers that each use all cores slow one another down.
-            environment[THREADS_VARIABLE] = str(max(1, usable_cores() // self.workers))
+            environment[THREADS_VARIABLE] = str(max(1, available_cores() // self.workers))
         return environment
-
-
-def usable_cores() -> int:
-    """Cores that this process may use: a scheduler or a container may have given it fewer than the host has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def choose_gpus(asked: str | None, visible: Sequence[str]) -> tuple[str, ...]:

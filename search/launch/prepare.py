@@ -137,7 +137,7 @@ def plan_study(config: StudyConfig, storage_url: str, runs_dir: Path, data: Path
     check_sampler(config)
     study_tracker(config, runs_dir)  # refuses a store that MLflow cannot use; opens nothing
     data = data or data_yaml(config, runs_dir)
-    dataset = load_dataset_config(data)
+    dataset = load_dataset_config(data, single_class=config.train.single_cls)
     splits = {name: scan_split(dataset, name) for name in ("train", "val")}
     device = resolve_device(config.train.device)
     check_objective(config, dataset.names, _labelled_classes(splits["val"]))
@@ -176,6 +176,8 @@ def _notices(config: StudyConfig, dataset: DatasetConfig, splits: dict[str, Spli
         yield "space: a searched key changes the images or the matching of targets, so trials train one at a time"
     if dataset.num_classes == 1 and {"cls", "cls_pw"} & set(config.space):
         yield "space: cls and cls_pw do nothing with one class"
+    if config.train.rect and (unused := [key for key in ("mosaic", "mixup", "copy_paste") if key in config.space]):
+        yield f"space: {', '.join(unused)} do nothing with train.rect"
     counts = _class_counts(splits["train"])
     missing = [name for index, name in enumerate(dataset.names) if not counts[index]]
     if missing:

@@ -120,7 +120,7 @@ def run_worker(options: WorkerOptions) -> WorkerOutcome:
 
 def _open(options: WorkerOptions, ledger: Ledger, record: StudyRecord, config: StudyConfig) -> WorkerContext:
     data = options.data or data_yaml(config, options.runs_dir)
-    dataset = load_dataset_config(data)
+    dataset = load_dataset_config(data, single_class=config.train.single_cls)
     found = fingerprint(dataset)
     if found != record.fingerprint:
         raise StudyConflictError(

@@ -11,6 +11,7 @@ from multiprocessing.process import BaseProcess
 
 from search.worker import trainer_process
 from search.worker.trainer_process import TrainerSettings
+from yolocore.host import use_short_socket_folder
 
 POLL_SECONDS = 0.1
 JOIN_SECONDS = 5.0
@@ -111,6 +112,7 @@ def _context() -> BaseContext:
 
     It never touches a device, so CUDA works in what it forks. Where there is none (Windows), they are spawned.
     """
+    use_short_socket_folder()
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")

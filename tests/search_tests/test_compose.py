@@ -165,6 +165,14 @@ def test_compose_state_is_in_named_volumes_and_mounts_exist(services: dict[str, 
             assert source in {*declared, "/tmp"} or (ROOT / source).is_dir(), source
 
 
+def test_compose_decoded_images_are_kept_in_a_volume_not_in_memory(services: dict[str, Any]) -> None:
+    worker = services["worker-cpu"]
+    kept = Path(worker["environment"]["YOLOSEARCH_CACHE_DIR"])
+    targets = [volume["target"] if isinstance(volume, dict) else volume.split(":")[-1] for volume in worker["volumes"]]
+    assert any(kept.is_relative_to(target) for target in targets)
+    assert not any(kept.is_relative_to(folder) for folder in worker["tmpfs"])
+
+
 def test_compose_mlflow_answers_to_its_service_name(services: dict[str, Any]) -> None:
     mlflow = services["mlflow"]["environment"]
     assert "mlflow:5000" in mlflow["MLFLOW_SERVER_ALLOWED_HOSTS"].split(",")

@@ -105,6 +105,9 @@ BROKEN = [
     ("epochs: 30", "model: yolov5n", 4, "train.model", 'got "yolov5n"', "one of n, s, m, l, x"),
     ("epochs: 30", "device: gpu", 4, "train.device", 'got "gpu"', "auto, cpu, cuda, cuda:N"),
     ("epochs: 30", "freeze: 25", 4, "train.freeze", "got 25", ">= 0 and <= 24"),
+    ("epochs: 30", "workers: -1", 4, "train.workers", "got -1", "auto, or a whole number >= 0"),
+    ("epochs: 30", "workers: many", 4, "train.workers", 'got "many"', "auto, or a whole number >= 0"),
+    ("epochs: 30", "rect: 1", 4, "train.rect", "got 1", "true or false"),
     ("epochs: 30", "weights: no.pt", 4, "train.weights", "no.pt", "an existing .pt or .safetensors file"),
     ("epochs: 30", "eval_every: 101", 4, "train.eval_every", "got 101", "1 to train.epochs (100)"),
     ("name: blood", "name: ../up", 1, "name", 'got "../up"', "1 to 100 letters, digits"),
@@ -307,6 +310,13 @@ def test_objective_value_is_the_weighted_sum() -> None:
 
     assert objective_value(config.objective, metrics, ["RBC", "WBC", "Platelets"]) == pytest.approx(0.47, abs=1e-12)
     assert objective_value(config.objective, {"fitness": 0.5}, ["Platelets"]) == pytest.approx(0.35, abs=1e-12)
+
+
+def test_check_objective_class_with_single_cls_refused() -> None:
+    with pytest.raises(
+        StudyConfigError, match=r'objective: got "class_ap:RBC" with train\.single_cls; allowed: fitness'
+    ):
+        study(objective={"map": 0.5, "class_ap:RBC": 0.5}, train={"single_cls": True})
 
 
 def test_check_objective_class_of_another_data_set_names_the_closest() -> None:

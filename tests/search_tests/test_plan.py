@@ -1,6 +1,5 @@
 """How many workers, on which GPUs, started by which words."""
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,8 +7,9 @@ import pytest
 
 from search.errors import UserInputError
 from search.launch.gpus import visible_gpus
-from search.launch.plan import LaunchPlan, choose_gpus, choose_workers, usable_cores
+from search.launch.plan import LaunchPlan, choose_gpus, choose_workers
 from search.paths import StudyFolder
+from yolocore.host import available_cores
 
 PLAN = LaunchPlan(storage_url="postgresql://me:s3cret@db/studies", folder=StudyFolder(Path("/runs"), "tiny"))
 
@@ -99,7 +99,7 @@ def test_worker_command_has_every_setting_and_no_secret() -> None:
 
 def test_worker_environment_shows_one_gpu_and_shares_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS")
-    plan = replace(PLAN, workers=2 * usable_cores(), gpus=("3",), per_gpu=2 * usable_cores())
+    plan = replace(PLAN, workers=2 * available_cores(), gpus=("3",), per_gpu=2 * available_cores())
 
     environment = plan.worker_environment(plan.seats()[0])
 
@@ -107,15 +107,12 @@ def test_worker_environment_shows_one_gpu_and_shares_the_cores(monkeypatch: pyte
         "YOLOSEARCH_STORAGE_URL": PLAN.storage_url,
         "CUDA_VISIBLE_DEVICES": "3",
         "OMP_NUM_THREADS": "1",
+        "YOLOSEARCH_WORKERS_ON_HOST": str(2 * available_cores()),
     }
     monkeypatch.setenv("OMP_NUM_THREADS", "9")
     assert "OMP_NUM_THREADS" not in plan.worker_environment(plan.seats()[0])
     monkeypatch.delenv("OMP_NUM_THREADS")
     assert PLAN.worker_environment(PLAN.seats()[0]) == {"YOLOSEARCH_STORAGE_URL": PLAN.storage_url}
-
-
-def test_usable_cores_counts_what_this_process_may_use() -> None:
-    assert 1 <= usable_cores() <= (os.cpu_count() or 1)
 
 
 def test_visible_gpus_on_a_host_without_any_is_empty(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -346,3 +346,26 @@ def test_fingerprint_anything_changed_differs(change: Callable[[Path], None], pe
     before = fingerprint(load_dataset_config(pets / YAML))
     change(pets)
     assert fingerprint(load_dataset_config(pets / YAML)) != before
+
+
+# ------------------------------------------------------------------------------------------- one class for all
+
+
+def test_load_dataset_config_single_class_labels_become_class_0(pets: Path) -> None:
+    plain, single = (load_dataset_config(pets / "pets.yaml", single_class=flag) for flag in (False, True))
+    assert (single.names, single.num_classes) == (("item",), 1)
+    before, after = (scan_split(config, "train").images[0].labels for config in (plain, single))
+    assert before[:, 0].tolist() == [0, 1]
+    assert after[:, 0].tolist() == [0, 0]
+    np.testing.assert_array_equal(before[:, 1:], after[:, 1:])
+    assert fingerprint(plain) != fingerprint(single)
+
+
+def test_load_dataset_config_single_class_of_one_keeps_its_name_and_limits_stay(pets: Path) -> None:
+    write_yaml(pets, names=["cat"])
+    config = load_dataset_config(pets / "pets.yaml", single_class=True)
+    assert config == load_dataset_config(pets / "pets.yaml")
+    write_yaml(pets, names=["cat", "dog"])
+    (pets / "labels" / "train" / "a.txt").write_text("2 0.5 0.5 0.2 0.2\n")
+    with pytest.raises(DatasetError, match=r"a\.txt:1: class 2 is not among the 2 names"):
+        scan_split(load_dataset_config(pets / "pets.yaml", single_class=True), "train")

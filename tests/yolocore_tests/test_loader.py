@@ -128,20 +128,30 @@ def test_train_loader_other_batch_size_same_samples(
 
 @pytest.mark.parametrize("cache", ["none", "disk"])
 def test_train_loader_other_cache_same_stream(
-    cache: Any,
-    split: Split,
-    reference: list[list[Batch]],
-    tmp_path: Path,
+    cache: Any, split: Split, reference: list[list[Batch]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copied = []
-    for item in split.images:
-        image = tmp_path / item.image.name
-        image.write_bytes(item.image.read_bytes())
-        copied.append(LabelledImage(image, item.labels, item.size))
-    loader = TrainLoader(Split(tuple(copied), ()), Hyperparameters(mixup=0.5), 64, 4, 9, cache=cache)
-    assert_same(list(loader.epoch(0)), reference[0])
-    assert_same(list(loader.epoch(1)), reference[1])
-    assert len(list(tmp_path.glob("*.png.npy"))) == (11 if cache == "disk" else 0)
+    monkeypatch.setenv("YOLOSEARCH_CACHE_DIR", str(tmp_path / "cache"))
+    loader = TrainLoader(split, Hyperparameters(mixup=0.5), 64, 4, 9, cache=cache)
+    for _ in range(2):  # the second time from what the first has kept
+        assert_same(list(loader.epoch(0)), reference[0])
+        assert_same(list(loader.epoch(1)), reference[1])
+    assert len(list(tmp_path.glob("cache/*/*.npy"))) == (11 if cache == "disk" else 0)
+
+
+def test_train_loader_disk_cache_shared_by_processes_same_stream(
+    split: Split, reference: list[list[Batch]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("YOLOSEARCH_CACHE_DIR", str(tmp_path))
+    before = sorted(path.name for path in split.images[0].image.parent.iterdir())
+    loader = TrainLoader(split, Hyperparameters(mixup=0.5), 64, 2, 9, cache="disk", workers=2)
+    try:
+        batches = list(loader.epoch(1))
+    finally:
+        loader.close()
+    images = torch.cat([batch.images for batch in batches])
+    assert torch.equal(images, torch.cat([batch.images for batch in reference[1]]))
+    assert sorted(path.suffix for path in tmp_path.rglob("*") if path.is_file()) == [".npy"] * 11
+    assert sorted(path.name for path in split.images[0].image.parent.iterdir()) == before
 
 
 def test_train_loader_other_seed_other_stream(split: Split, reference: list[list[Batch]]) -> None:
@@ -171,6 +181,57 @@ def test_train_loader_no_augmentation_letterboxed_image_and_its_labels(split: Sp
 
 def test_pad_targets_counts_padded_to_a_multiple_of_32() -> None:
     assert [len(pad_targets([np.zeros((n, 5), np.float32)])) for n in (0, 1, 32, 33)] == [32, 32, 32, 64]
+
+
+# ------------------------------------------------------------------------------------------- rect
+
+
+def test_train_loader_rect_batches_by_aspect_every_epoch_alike(split: Split) -> None:
+    loader = TrainLoader(split, Hyperparameters(mixup=0.5), 64, 4, stream_seed=9, rect=True)
+    first, second = list(loader.epoch(0)), list(loader.epoch(1))
+    order = [row for batch in first for row in batch.index]
+    aspects = [split.images[row].size[0] / split.images[row].size[1] for row in order]
+    assert aspects == sorted(aspects)
+    assert [batch.index for batch in second] == [batch.index for batch in first]
+    assert [tuple(batch.images.shape) for batch in first] == [(4, 3, 64, 64), (4, 3, 64, 64), (3, 3, 64, 64)]
+    pairs = TrainLoader(split, AugmentSettings(), 160, 2, 9, rect=True).epoch(0)
+    wide = [tuple(batch.images.shape[2:]) for batch in pairs]
+    assert wide == [(96, 160), (128, 160), (160, 160), (160, 160), (160, 128), (160, 96)]
+    assert not torch.equal(first[0].images, second[0].images)  # still augmented
+
+
+def test_train_loader_rect_two_worker_processes_same_stream(split: Split) -> None:
+    hyp = Hyperparameters(degrees=10, flipud=0.5)
+    here = list(TrainLoader(split, hyp, 96, 3, stream_seed=9, rect=True).epoch(2))
+    loader = TrainLoader(split, hyp, 96, 3, stream_seed=9, rect=True, workers=2)
+    try:
+        assert_same(list(loader.epoch(2)), here)
+    finally:
+        loader.close()
+
+
+def test_train_loader_rect_images_letterboxed_without_waste_and_enlarged(tmp_path: Path) -> None:
+    labels = [np.array([[1, 0.5, 0.5, 0.5, 0.5]])] * 2
+    split = make_split(tmp_path, [(40, 80), (20, 40)], labels)
+    (batch,) = TrainLoader(split, AugmentSettings(), 128, 2, stream_seed=0, rect=True).epoch(0)
+    assert tuple(batch.images.shape) == (2, 3, 64, 128)
+    assert not (batch.images == 114).all(dim=1).all(dim=2).any()
+    np.testing.assert_allclose(batch.targets[:2], [[0, 1, 0.5, 0.5, 0.5, 0.5], [1, 1, 0.5, 0.5, 0.5, 0.5]], atol=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_train_loader_rect_golden_sizes_same_batches(
+    batch_size: int, geometry: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    sizes = [tuple(size) for size in geometry["rect/image_hw"].tolist()]
+    split = make_split(tmp_path, sizes, [np.zeros((0, 5))] * len(sizes))
+    loader = TrainLoader(split, AugmentSettings(), 320, batch_size, stream_seed=0, cache="none", rect=True)
+    batches = list(loader.epoch(0))
+    if batch_size == 4:
+        case = "rect/bs4_img320_pad0.0_stride32"
+        assert [row for batch in batches for row in batch.index] == geometry[f"{case}/order"].tolist()
+        assert [list(batch.images.shape[2:]) for batch in batches] == geometry[f"{case}/batch_shapes_hw"].tolist()
+    assert len(batches) == len(loader) == -(-14 // batch_size)
 
 
 # ------------------------------------------------------------------------------------------- validation
@@ -259,16 +320,42 @@ def test_image_cache_image_replaced_after_scan_refused(split: Split, tmp_path: P
         ImageCache([item], 64, "ram", augmenting=True)
 
 
-def test_image_cache_disk_image_newer_than_kept_read_anew(tmp_path: Path) -> None:
+@pytest.fixture
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[LabelledImage, Path]:
+    """A black image of 64x64 pixels, and the empty folder of the disk cache."""
+    monkeypatch.setenv("YOLOSEARCH_CACHE_DIR", str(tmp_path / "cache"))
     path = tmp_path / "a.png"
     cv2.imwrite(str(path), np.zeros((64, 64, 3), np.uint8))
-    cache = ImageCache([LabelledImage(path, np.zeros((0, 5), np.float32), (64, 64))], 64, "disk", augmenting=True)
+    return LabelledImage(path, np.zeros((0, 5), np.float32), (64, 64)), tmp_path / "cache"
+
+
+def test_image_cache_disk_decodes_once(kept: tuple[LabelledImage, Path]) -> None:
+    item, folder = kept
+    assert ImageCache([item], 64, "disk", augmenting=True)[0].max() == 0
+    (file,) = folder.glob("*/*.npy")
+    np.save(file, np.full((64, 64, 3), 9, np.uint8))
+    assert ImageCache([item], 64, "disk", augmenting=True)[0].max() == 9
+
+
+def test_image_cache_disk_changed_image_read_anew(kept: tuple[LabelledImage, Path]) -> None:
+    item, _ = kept
+    cache = ImageCache([item], 64, "disk", augmenting=True)
     assert cache[0].max() == 0
-    cv2.imwrite(str(path), np.full((64, 64, 3), 7, np.uint8))
-    kept = tmp_path / "a.png.npy"
-    stamp = kept.stat().st_mtime
-    os.utime(path, (stamp + 10, stamp + 10))
+    cv2.imwrite(str(item.image), np.full((64, 64, 3), 7, np.uint8))
+    stamp = item.image.stat().st_mtime
+    os.utime(item.image, (stamp + 10, stamp + 10))
     assert cache[0].max() == 7
+
+
+def test_image_cache_disk_damaged_file_written_anew(kept: tuple[LabelledImage, Path]) -> None:
+    item, folder = kept
+    cache = ImageCache([item], 64, "disk", augmenting=True)
+    assert cache[0].shape == (64, 64, 3)
+    (file,) = folder.glob("*/*.npy")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:1000])
+    assert cache[0].max() == 0
+    assert file.read_bytes() == whole
 
 
 def test_image_cache_more_than_memory_reads_anew_and_warns(split: Split, caplog: pytest.LogCaptureFixture) -> None:

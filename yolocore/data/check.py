@@ -233,7 +233,7 @@ def _label_findings(file: Path, config: DatasetConfig) -> Iterator[DatasetError 
         yield error
         return
     seen: dict[bytes, int] = {}
-    for line in label_lines(text, file, config.num_classes):
+    for line in label_lines(text, file, config.label_classes or config.num_classes):
         if isinstance(line, DatasetError):
             yield line
             continue

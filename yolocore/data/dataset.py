@@ -17,6 +17,8 @@ from yolocore.errors import DatasetError
 SplitName = Literal["train", "val", "test"]
 Float32Array = NDArray[np.float32]
 
+SINGLE_CLASS = "item"
+"""What YOLOv5 calls the class that takes the place of all others."""
 _BOX_COLUMNS = 5
 _SHOWN_VALUE = 60
 
@@ -36,6 +38,8 @@ class DatasetConfig:
     """May be empty."""
     names: tuple[str, ...]
     """Class names; the position is the class index."""
+    label_classes: int = 0
+    """Classes that the label files may name, where those are more than `names`: all of them then count as class 0."""
 
     @property
     def num_classes(self) -> int:
@@ -77,11 +81,12 @@ class Split:
 # ------------------------------------------------------------------------------------------------ the YAML
 
 
-def load_dataset_config(path: Path | str) -> DatasetConfig:
+def load_dataset_config(path: Path | str, *, single_class: bool = False) -> DatasetConfig:
     """Read and check a data set YAML.
 
     Args:
         path: The YAML file with ``train``, ``val`` and ``names``, and optionally ``path``, ``test`` and ``nc``.
+        single_class: Whether all classes become one, called `SINGLE_CLASS`, if there are several.
 
     Returns:
         The configuration with absolute paths; the entries of train and val exist.
@@ -96,6 +101,7 @@ def load_dataset_config(path: Path | str) -> DatasetConfig:
             raise DatasetError(f"{source}: {key}: missing; a data set needs train, val and names")
     names = _names(source, document["names"])
     _check_class_count(source, document.get("nc"), names)
+    merged = single_class and len(names) > 1
     root = _root(source, document.get("path"))
     hint = " (its `download` entry is never run: fetch the data first)" if document.get("download") else ""
     return DatasetConfig(
@@ -104,7 +110,8 @@ def load_dataset_config(path: Path | str) -> DatasetConfig:
         train=_split_entries(source, root, "train", document["train"], hint),
         val=_split_entries(source, root, "val", document["val"], hint),
         test=_split_entries(source, root, "test", document.get("test") or [], hint, must_exist=False),
-        names=names,
+        names=(SINGLE_CLASS,) if merged else names,
+        label_classes=len(names) if merged else 0,
     )
 
 
@@ -345,7 +352,10 @@ def labelled_image(path: Path, config: DatasetConfig, notes: list[str]) -> Label
     data = label_bytes(file)
     if data is None:
         return LabelledImage(image=path, labels=np.zeros((0, 5), np.float32), size=size)
-    labels, polygons, duplicates = parse_labels(label_text(file, data), file, config.num_classes)
+    classes = config.label_classes or config.num_classes
+    labels, polygons, duplicates = parse_labels(label_text(file, data), file, classes)
+    if config.label_classes:
+        labels[:, 0] = 0
     if duplicates:
         notes.append(f"{file}: {duplicates} duplicate label{'s' if duplicates > 1 else ''} removed")
     return LabelledImage(image=path, labels=labels, size=size, polygons=polygons)

@@ -40,6 +40,7 @@ from yolocore.data.augment import (
 from yolocore.data.dataset import LabelledImage, Split
 from yolocore.data.images import read_image
 from yolocore.errors import DatasetError
+from yolocore.host import CACHE_VARIABLE, cache_folder, cached_file, memory_share, use_short_socket_folder
 
 if TYPE_CHECKING:
     from yolocore.hyperparameters import Hyperparameters
@@ -49,7 +50,7 @@ CacheMode = Literal["ram", "disk", "none"]
 TARGET_ROWS = 32
 """Targets are padded to a multiple of this, so that shapes repeat from batch to batch."""
 VALIDATION_PAD = 0.5
-VALIDATION_STRIDE = 32
+RECT_STRIDE = 32
 _PREFETCHED = 2
 _RAM_MARGIN = 1.1
 _log = logging.getLogger(__name__)
@@ -114,7 +115,8 @@ class ImageCache:
     """The images of a split, resized for loading, decoded once if they are kept.
 
     ``ram`` decodes everything at once and keeps the resized pixels: in memory, or with `shared` in an unlinked-at-exit
-    temporary file that worker processes map too. ``disk`` keeps the decoded native image as ``<image>.npy`` beside it.
+    temporary file that worker processes map too. ``disk`` keeps the decoded native images as ``.npy`` files in
+    `yolocore.host.cache_folder`, which any number of processes may share.
     """
 
     def __init__(
@@ -135,17 +137,19 @@ class ImageCache:
             cache: Where decoded images are kept.
             augmenting: Whether they are for training (decides the interpolation).
             shared: Whether other processes will read them.
-            memory: Bytes that ``ram`` may take, else nothing is kept; None: what the system has free.
+            memory: Bytes that ``ram`` may take, else nothing is kept; None: this trainer's share of the host's.
 
         Raises:
             DatasetError: An image cannot be decoded (``ram``).
+            InputError: There is no folder to keep images in (``disk``).
         """
         self._images = tuple(images)
         self._image_size = image_size
         self._augmenting = augmenting
         self._shapes = tuple(resized_shape(item.size, image_size) for item in self._images)
         self._offsets = np.concatenate(([0], np.cumsum([3 * h * w for h, w in self._shapes], dtype=np.int64)))
-        self.mode: CacheMode = self._affordable(cache, _available_memory() if memory is None else memory)
+        self.mode: CacheMode = self._affordable(cache, memory_share() if memory is None else memory)
+        self._folder = cache_folder() if self.mode == "disk" else None
         self._file: Path | None = None
         self._pixels: UInt8Array | None = None
         if self.mode == "ram":
@@ -184,7 +188,8 @@ class ImageCache:
     def _affordable(self, cache: CacheMode, available: int | None) -> CacheMode:
         needed = int(self._offsets[-1] * _RAM_MARGIN)
         if cache == "ram" and available is not None and needed > available:
-            _log.warning("cache ram: %.1f GB needed, %.1f GB free; images are read anew", needed / 1e9, available / 1e9)
+            have = (needed / 1e9, available / 1e9)
+            _log.warning("cache ram: %.1f GB needed, %.1f GB may be taken; images are read anew", *have)
             return "none"
         return cache
 
@@ -213,7 +218,7 @@ class ImageCache:
 
     def _load(self, index: int) -> UInt8Array:
         item = self._images[index]
-        native = _read_through_disk(item.image) if self.mode == "disk" else read_image(item.image)
+        native = read_image(item.image) if self._folder is None else _read_through_disk(item.image, self._folder)
         height, width = native.shape[:2]
         if (height, width) != item.size:
             raise DatasetError(
@@ -223,36 +228,31 @@ class ImageCache:
         return resize_to_fit(native, self._image_size, augmenting=self._augmenting)
 
 
-def _read_through_disk(path: Path) -> UInt8Array:
-    """The native image from its ``.npy`` file, which is written if it is missing or older than the image."""
-    kept = path.with_name(path.name + ".npy")
+def _read_through_disk(path: Path, folder: Path) -> UInt8Array:
+    """The native image from its ``.npy`` file, which is written if it is missing."""
     try:
-        if kept.stat().st_mtime >= path.stat().st_mtime:
-            return np.asarray(np.load(kept, allow_pickle=False), dtype=np.uint8)
-    except (OSError, ValueError):
-        pass
+        kept = cached_file(folder, path)
+        return np.asarray(np.load(kept, allow_pickle=False), dtype=np.uint8)
+    except (OSError, ValueError, EOFError):
+        pass  # not there yet, or damaged, by a full disk perhaps: written anew
     image = read_image(path)
+    kept = cached_file(folder, path)
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-        with os.fdopen(handle, "wb") as stream:
-            np.save(stream, image, allow_pickle=False)
-        Path(temporary).replace(kept)
+        kept.parent.mkdir(exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=".new-", dir=kept.parent)
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                np.save(stream, image, allow_pickle=False)
+            Path(temporary).replace(kept)
+        except OSError:
+            Path(temporary).unlink(missing_ok=True)
+            raise
     except OSError as error:
         raise DatasetError(
-            f"{kept}: cannot keep the decoded image ({error.strerror or error}); cache may be ram, disk or none",
+            f"{kept}: cannot keep the decoded image ({error.strerror or error}); "
+            f"allowed: cache ram or none, or another folder in {CACHE_VARIABLE}",
         ) from None
     return image
-
-
-def _available_memory() -> int | None:
-    """Free memory in bytes where the system tells."""
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except (OSError, ValueError, IndexError):
-        pass
-    return None
 
 
 # ------------------------------------------------------------------------------------------- sources of batches
@@ -271,16 +271,16 @@ class _TrainSource:
     image_size: int
     stream_seed: int
 
-    def make(self, key: tuple[int, tuple[int, ...]]) -> Batch:
-        epoch, index = key
-        samples = [self.sample(epoch, row) for row in index]
+    def make(self, key: "tuple[int, PlannedBatch]") -> Batch:
+        epoch, batch = key
+        samples = [self.sample(epoch, row, batch.shape) for row in batch.index]
         images = torch.from_numpy(np.stack([image for image, _ in samples]))
-        return Batch(images=images, targets=pad_targets([labels for _, labels in samples]), index=index)
+        return Batch(images=images, targets=pad_targets([labels for _, labels in samples]), index=batch.index)
 
-    def sample(self, epoch: int, row: int) -> tuple[UInt8Array, Float32Array]:
+    def sample(self, epoch: int, row: int, shape: tuple[int, int]) -> tuple[UInt8Array, Float32Array]:
         rng = sample_generator(self.stream_seed, epoch, row)
         draw = draw_sample(self.settings, row, len(self.cache), self.image_size, rng)
-        return training_sample(self.cache.labelled, row, draw, self.settings, (self.image_size, self.image_size))
+        return training_sample(self.cache.labelled, row, draw, self.settings, shape)
 
 
 def sample_generator(stream_seed: int, epoch: int, index: int) -> np.random.Generator:
@@ -299,8 +299,8 @@ def sample_generator(stream_seed: int, epoch: int, index: int) -> np.random.Gene
 
 
 @dataclass(frozen=True, slots=True)
-class RectBatch:
-    """Images of like aspect ratio that are validated together."""
+class PlannedBatch:
+    """Which images make a batch, and how large it is."""
 
     index: tuple[int, ...]
     """Positions in the split."""
@@ -313,9 +313,9 @@ def plan_rect_batches(
     batch_size: int,
     image_size: int,
     *,
-    stride: int = VALIDATION_STRIDE,
+    stride: int = RECT_STRIDE,
     pad: float = VALIDATION_PAD,
-) -> tuple[RectBatch, ...]:
+) -> tuple[PlannedBatch, ...]:
     """Group images by aspect ratio and give each group the smallest fitting input.
 
     Args:
@@ -323,7 +323,7 @@ def plan_rect_batches(
         batch_size: Images per batch.
         image_size: Longer side of the loaded images in pixels.
         stride: Inputs are a multiple of this.
-        pad: Extra cells before rounding up; 0.5 for validation.
+        pad: Extra cells before rounding up; 0.5 for validation, 0 for training.
 
     Returns:
         The batches in ascending order of height / width; ties keep the images' order.
@@ -336,7 +336,7 @@ def plan_rect_batches(
         lowest, highest = aspect[rows].min(), aspect[rows].max()
         ratio = (highest, 1.0) if highest < 1 else (1.0, 1 / lowest) if lowest > 1 else (1.0, 1.0)
         height, width = (np.ceil(np.array(ratio) * image_size / stride + pad).astype(int) * stride).tolist()
-        batches.append(RectBatch(index=tuple(rows.tolist()), shape=(height, width)))
+        batches.append(PlannedBatch(index=tuple(rows.tolist()), shape=(height, width)))
     return tuple(batches)
 
 
@@ -345,7 +345,7 @@ class _ValSource:
     cache: ImageCache
     sizes: tuple[tuple[int, int], ...]
 
-    def make(self, key: RectBatch) -> Batch:
+    def make(self, key: PlannedBatch) -> Batch:
         samples = [self.sample(row, key.shape) for row in key.index]
         return Batch(
             images=torch.from_numpy(np.stack([image for image, _, _ in samples])),
@@ -447,6 +447,7 @@ class _Pipeline:
             yield item
 
     def _start(self) -> "DataLoader[Batch | str]":
+        use_short_socket_folder()
         return DataLoader(
             _BatchDataset(self.source),
             batch_size=None,
@@ -480,6 +481,7 @@ class TrainLoader:
         workers: int = 0,
         *,
         pin_memory: bool = False,
+        rect: bool = False,
         images: ImageCache | None = None,
     ) -> None:
         """Prepare the stream; with ``cache="ram"`` decode every image.
@@ -493,6 +495,8 @@ class TrainLoader:
             cache: Where decoded images are kept.
             workers: Worker processes; 0 makes batches in this process.
             pin_memory: Whether batches go to a CUDA device.
+            rect: Whether each batch holds images of like aspect ratio, letterboxed as little as possible: every epoch
+                the same batches in the same order, and no mosaic.
             images: A cache to reuse, made for the same split and size with ``augmenting=True``.
 
         Raises:
@@ -501,9 +505,12 @@ class TrainLoader:
         self.images = images or ImageCache(split.images, image_size, cache, augmenting=True, shared=workers > 0)
         self.batch_size = min(batch_size, len(self.images))
         self._split = split
+        settings = hyp if isinstance(hyp, AugmentSettings) else AugmentSettings.from_hyperparameters(hyp)
+        sizes = [item.size for item in split.images]
+        self._rect = plan_rect_batches(sizes, self.batch_size, image_size, pad=0.0) if rect else ()
         self._source = _TrainSource(
             cache=self.images,
-            settings=hyp if isinstance(hyp, AugmentSettings) else AugmentSettings.from_hyperparameters(hyp),
+            settings=replace(settings, mosaic=0.0) if rect else settings,
             image_size=image_size,
             stream_seed=stream_seed,
         )
@@ -525,9 +532,13 @@ class TrainLoader:
         Raises:
             DatasetError: An image cannot be read (while iterating).
         """
+        return self._pipeline.run([(epoch, batch) for batch in self._rect or self._shuffled(epoch)])
+
+    def _shuffled(self, epoch: int) -> list[PlannedBatch]:
         rows = sample_generator(self._source.stream_seed, epoch, -1).permutation(len(self.images)).tolist()
-        keys = [(epoch, tuple(rows[at : at + self.batch_size])) for at in range(0, len(rows), self.batch_size)]
-        return self._pipeline.run(keys)
+        shape = (self._source.image_size, self._source.image_size)
+        starts = range(0, len(rows), self.batch_size)
+        return [PlannedBatch(tuple(rows[at : at + self.batch_size]), shape) for at in starts]
 
     def restarted(self, hyp: "Hyperparameters | AugmentSettings", stream_seed: int) -> "TrainLoader":
         """Another stream over the same decoded images.
@@ -547,6 +558,7 @@ class TrainLoader:
             stream_seed,
             workers=self._pipeline.workers,
             pin_memory=self._pipeline.pin_memory,
+            rect=bool(self._rect),
             images=self.images,
         )
 

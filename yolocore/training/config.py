@@ -6,6 +6,7 @@ from typing import Literal
 
 from yolocore.autoanchor import AnchorTuple
 from yolocore.errors import InputError
+from yolocore.host import LoaderCount
 from yolocore.model import ModelSize
 
 OptimizerName = Literal["SGD", "Adam", "AdamW"]
@@ -61,8 +62,9 @@ class TrainConfig:
     """Evaluate after every so many epochs, counted from the start of the slot, and after the last."""
     cache: CacheName = "ram"
     """Where decoded training images are kept."""
-    workers: int = 0
-    """Processes that read images; 0 reads in the training process."""
+    workers: LoaderCount = "auto"
+    """Processes that make batches; 0 makes them in the training process; auto: 0 on the CPU, else this trainer's share
+    of the host's cores, at most 8."""
     freeze: int = 0
     """Layers 0 to `freeze` - 1 keep their weights: no gradient, no optimiser work; 10 is the backbone."""
     freeze_bn: bool = False
@@ -88,10 +90,12 @@ class TrainConfig:
         if not 0 <= self.label_smoothing < 1:
             raise InputError(f"label_smoothing: {self.label_smoothing} is not allowed: 0 to below 1 is")
         for name in ("workers", "patience"):
-            if getattr(self, name) < 0:
+            if getattr(self, name) != "auto" and getattr(self, name) < 0:
                 raise InputError(f"{name}: {getattr(self, name)} is not allowed: 0 or more is")
         if not 0 <= self.freeze <= MAX_FREEZE:
             raise InputError(f"freeze: {self.freeze} is not allowed: 0 to {MAX_FREEZE} is (layers, from the first)")
+        if self.rect and self.image_weights:
+            raise InputError("rect: not possible with image_weights, which draws the images of every epoch anew")
         for name, allowed in (("optimizer", ("SGD", "Adam", "AdamW")), ("cache", ("ram", "disk", "none"))):
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name}: {getattr(self, name)!r} is not allowed: one of {', '.join(allowed)} is")

@@ -14,6 +14,7 @@ from yolocore.data.loader import Batch, TrainLoader, ValLoader
 from yolocore.device import resolve_device, resolve_precision
 from yolocore.errors import TrainingError
 from yolocore.evaluate import evaluate
+from yolocore.host import loader_processes
 from yolocore.hyperparameters import Hyperparameters
 from yolocore.metrics import DetectionMetrics
 from yolocore.training.config import TrainConfig
@@ -91,14 +92,18 @@ class TrainingData:
         Raises:
             DatasetError: The data set cannot be used.
         """
-        data = load_dataset_config(config.data)
-        pin = resolve_device(config.device).type == "cuda"
+        data = load_dataset_config(config.data, single_class=config.single_cls)
+        device = resolve_device(config.device).type
+        loaders = loader_processes(config.workers, device)
         settings = AugmentSettings.from_hyperparameters(hyperparameters)
-        common: dict[str, Any] = {"cache": config.cache, "workers": config.workers, "pin_memory": pin}
+        common: dict[str, Any] = {"cache": config.cache, "pin_memory": device == "cuda"}
         train, size = scan_split(data, "train"), config.image_size
-        train_loader = TrainLoader(train, settings, size, config.batch_size, config.seed, **common)
+        train_loader = TrainLoader(
+            train, settings, size, config.batch_size, config.seed, workers=loaders, rect=config.rect, **common
+        )
         batch = VALIDATION_BATCH_FACTOR * config.batch_size
-        validation_loader = ValLoader(scan_split(data, "val"), size, batch, **common)
+        # Without augmentation an image is half the work.
+        validation_loader = ValLoader(scan_split(data, "val"), size, batch, workers=(loaders + 1) // 2, **common)
         return cls(config, data.num_classes, train_loader, validation_loader, settings, config.seed)
 
     def stream(self, config: TrainConfig, hyperparameters: Hyperparameters) -> TrainLoader:
@@ -107,7 +112,7 @@ class TrainingData:
         Raises:
             TrainingError: The pack wants other images, or other sizes, than were loaded.
         """
-        for name in ("data", "image_size", "batch_size"):
+        for name in ("data", "image_size", "batch_size", "rect", "single_cls"):
             loaded, wanted = getattr(self.config, name), getattr(config, name)
             if loaded != wanted:
                 raise TrainingError(f"{name}: the data was loaded for {loaded}, the training wants {wanted}")
