@@ -49,11 +49,13 @@ class Postgres:
         with psycopg.connect(self.url, autocommit=True) as connection:
             connection.execute(statement.encode())
 
-    def new_database(self) -> str:
-        """URL of a fresh, empty database."""
+    def new_database(self, template: str | None = None) -> str:
+        """URL of a fresh database: empty, or a copy of one, whose connections end."""
         self._databases += 1
         name = f"faults_{self._databases}"
-        self.execute(f"CREATE DATABASE {name}")
+        if template is not None:
+            self.execute(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{template}'")
+        self.execute(f"CREATE DATABASE {name} TEMPLATE {template or 'template1'}")
         return self.url.replace("/postgres?", f"/{name}?")
 
     def stop(self, mode: str = "fast") -> None:
