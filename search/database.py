@@ -23,7 +23,7 @@ from sqlalchemy.engine import URL, Connection, Engine, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, NoSuchModuleError
 from sqlalchemy.pool import NullPool
 
-from search.errors import DatabaseError, UserInputError
+from search.errors import DatabaseError, ForeignSchemaError, UserInputError
 
 STORAGE_URL_VARIABLE = "YOLOSEARCH_STORAGE_URL"
 SQLITE_BUSY_SECONDS = 60.0
@@ -89,14 +89,21 @@ def mask_url(url: str | URL) -> str:
     """`url` (or any text that holds URLs or `password=...`) with every password replaced by `***`."""
     text = url.render_as_string(hide_password=False) if isinstance(url, URL) else str(url)
     try:
-        parsed = make_url(text)
+        parsed = None if _is_running_text(text) else make_url(text)
     except (ArgumentError, ValueError):
+        parsed = None
+    if parsed is None:
         text = _URL_PASSWORD.sub(r"\1***\2", text)
     else:
         # An "@" inside the password ends up in the host when parsed, so the pattern looks at what is left too.
         if parsed.password is not None:
             text = _URL_PASSWORD.sub(r"\1***\2", parsed.render_as_string(hide_password=True))
     return _KEY_PASSWORD.sub(r"\1=***", text)
+
+
+def _is_running_text(text: str) -> bool:
+    """Whether words follow, so that parsed as a URL it would be written back as one; a password may have spaces."""
+    return any(character.isspace() for character in text.rpartition("@")[2])
 
 
 def sqlite_path(url: str | URL) -> Path | None:
@@ -414,11 +421,32 @@ def schema_owner(engine: Engine) -> SchemaOwner:
     return "other" if "alembic_version" in tables else "empty"
 
 
+def same_schema(one: str | URL, other: str | URL) -> bool:
+    """Whether two URLs lead to one SQLite file, or to one schema of one PostgreSQL database under whatever names.
+
+    Raises:
+        DatabaseError: a PostgreSQL server cannot be asked.
+    """
+    backends = {make_url(url).get_backend_name() for url in (one, other)}
+    if backends == {"sqlite"}:
+        paths = [path.resolve() for url in (one, other) if (path := sqlite_path(url)) is not None]
+        return len(paths) == 2 and paths[0] == paths[1]
+    return backends == {"postgresql"} and _postgresql_schema(one) == _postgresql_schema(other)
+
+
+def _postgresql_schema(url: str | URL) -> tuple[object, ...]:
+    """The cluster's own number, the database and the schema that new tables go to."""
+    engine = make_engine(make_url(url).set(drivername="postgresql"), pooled=False)
+    query = "SELECT system_identifier, current_database(), current_schema() FROM pg_control_system()"
+    with database_errors(url), engine.connect() as connection:
+        return tuple(connection.execute(sa.text(query)).one())
+
+
 def refuse_foreign_schema(engine: Engine) -> None:
     """Call before the first table is made.
 
     Raises:
-        DatabaseError: the schema belongs to MLflow or to another Alembic application; nothing was written.
+        ForeignSchemaError: the schema belongs to MLflow or to another Alembic application; nothing was written.
     """
     with database_errors(engine.url):
         owner = schema_owner(engine)
@@ -430,7 +458,7 @@ def refuse_foreign_schema(engine: Engine) -> None:
         if engine.dialect.name == "sqlite"
         else "use another database, or another schema by ?options=-csearch_path%3DSCHEMA"
     )
-    raise DatabaseError(f"{mask_url(engine.url)} belongs to {holder}, nothing was written: {remedy}")
+    raise ForeignSchemaError(f"{mask_url(engine.url)} belongs to {holder}, nothing was written: {remedy}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -37,6 +37,10 @@ class DatabaseError(SearchError):
     """The database cannot be reached or has a schema that this version cannot use."""
 
 
+class ForeignSchemaError(DatabaseError, UserInputError):
+    """The schema belongs to another application; nothing was written."""
+
+
 class LeaseLostError(SearchError):
     """Another worker holds the ticket now; nothing was written."""
 

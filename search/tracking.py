@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
-from search.database import make_engine, mask_url, named_lock, schema_owner, sqlite_path
+from search.database import make_engine, mask_url, named_lock, same_schema, schema_owner, sqlite_path
 from search.errors import DatabaseError, SearchError, UserInputError
 
 logger = logging.getLogger(__name__)
@@ -210,6 +210,35 @@ def checked_tracking_uri(uri: str) -> str:
             )
         return f"sqlite:///{path.resolve()}"
     return uri
+
+
+def refuse_studys_database(uri: str, storage_url: str) -> None:
+    """Call before anything is written: MLflow and Optuna both own a table `alembic_version`.
+
+    A database that cannot be reached now is not refused: MLflow may be away for a while, and whoever needs the study's
+    database says what is wrong with it.
+
+    Args:
+        uri: the tracking store, as the study or the environment names it.
+        storage_url: the study's database.
+
+    Raises:
+        TrackingConfigError: both are one file or schema, or MLflow's holds somebody else's tables.
+    """
+    uri = checked_tracking_uri(uri)
+    if not uri.startswith(("sqlite", "postgresql")):
+        return
+    try:
+        if same_schema(uri, storage_url):
+            raise TrackingConfigError(
+                f"tracking uri: {mask_secrets(uri)} is the study's own database, nothing was written; "
+                "MLflow needs a database (PostgreSQL: or schema) of its own"
+            )
+        path = _sqlite_file(uri)
+        if path is None or path.exists():
+            _refuse_foreign_tables(uri)
+    except DatabaseError as error:
+        logger.debug("the tracking store was not looked at: %s", error)
 
 
 def is_server(uri: str) -> bool:

@@ -18,7 +18,7 @@ from search.paths import StudyFolder
 from search.prepared import Prepared
 from search.space import base_params, grid_points, pack_limit
 from search.study import AskedTrial, check_sampler, create_study, open_storage
-from search.worker.session import data_yaml, study_tracker, versions
+from search.worker.session import data_yaml, refuse_shared_database, study_tracker, versions
 from yolocore.autoanchor import ENOUGH_RECALL, AnchorFit, AnchorTuple, autoanchor, current_fit
 from yolocore.data.dataset import DatasetConfig, LabelledImage, Split, fingerprint, load_dataset_config, scan_split
 from yolocore.device import resolve_device, resolve_precision
@@ -136,6 +136,7 @@ def plan_study(config: StudyConfig, storage_url: str, runs_dir: Path, data: Path
     """
     check_sampler(config)
     study_tracker(config, runs_dir)  # refuses a store that MLflow cannot use; opens nothing
+    refuse_shared_database(config, storage_url, runs_dir)
     data = data or data_yaml(config, runs_dir)
     dataset = load_dataset_config(data, single_class=config.train.single_cls)
     splits = {name: scan_split(dataset, name) for name in ("train", "val")}
@@ -235,9 +236,9 @@ def create_or_resume(plan: StudyPlan, more_trials: int = 0) -> bool:
         StudyConflictError: It exists with another configuration or other data.
         StudyConfigError: More trials than a grid has points.
     """
-    plan.folder.root.mkdir(parents=True, exist_ok=True)
     ledger = Ledger(make_engine(plan.storage_url))
     ledger.initialise()
+    plan.folder.root.mkdir(parents=True, exist_ok=True)
     storage = open_storage(plan.storage_url)
     # Outside the lock: it takes its time, and two who create the same study find the same.
     prepared = None if _exists(ledger, plan.config.name) else plan.prepare()

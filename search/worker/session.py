@@ -21,7 +21,7 @@ from search.ledger import Ledger, StudyRecord
 from search.paths import StudyFolder
 from search.prepared import Prepared
 from search.study import load_study, open_storage, warm_up
-from search.tracking import Tracker, open_tracker
+from search.tracking import Tracker, default_tracking_uri, open_tracker, refuse_studys_database
 from search.worker.context import WorkerContext
 from search.worker.existing import HANG_SECONDS, OUTAGE_SECONDS, open_existing
 from search.worker.host import process_identity
@@ -104,6 +104,7 @@ def run_worker(options: WorkerOptions) -> WorkerOutcome:
     ledger.initialise()
     record = ledger.study(options.study)
     config = StudyConfig.from_json(record.config)
+    refuse_shared_database(config, options.storage_url, options.runs_dir)
     context = _open(options, ledger, record, config)
     warm_up(context.study)
     ledger.register_worker(options.worker_id, options.study, process_identity(), os.getpid(), context.train.device)
@@ -151,6 +152,12 @@ def study_tracker(config: StudyConfig, runs_dir: Path) -> Tracker:
     """The tracker that a study's settings ask for."""
     tracking = config.tracking
     return open_tracker(enabled=tracking.enabled, uri=tracking.uri, runs_dir=runs_dir, experiment=tracking.experiment)
+
+
+def refuse_shared_database(config: StudyConfig, storage_url: str, runs_dir: Path) -> None:
+    """Raises TrackingConfigError if MLflow was told to use the study's database, or one of other tables."""
+    if config.tracking.enabled:
+        refuse_studys_database(config.tracking.uri or default_tracking_uri(runs_dir), storage_url)
 
 
 @contextmanager

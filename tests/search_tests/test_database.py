@@ -43,6 +43,8 @@ from search.errors import DatabaseError, UserInputError
         ("postgresql+psycopg://u:s%40t@h/db?sslmode=require", "postgresql+psycopg://u:***@h/db?sslmode=require"),
         ("postgresql://u@h/db?password=secret&x=1", "postgresql://u@h/db?password=***&x=1"),
         ("cannot reach postgresql://u:secret@h/db: refused", "cannot reach postgresql://u:***@h/db: refused"),
+        ("postgresql://u:secret@h/db?a=b is full: see x", "postgresql://u:***@h/db?a=b is full: see x"),
+        ("sqlite:////tmp/x.db is full", "sqlite:////tmp/x.db is full"),
         ("host=h password=secret user=u", "host=h password=*** user=u"),
         ("host=h password='se cret' user=u", "host=h password=*** user=u"),
         ("postgresql://h:5432/db", "postgresql://h:5432/db"),
