@@ -121,11 +121,11 @@ def test_compose_worker_cut_off_beyond_its_lease_loses_nothing(composition: Comp
         trials = composition.status()["trials"]
         return [t["epoch"] for t in trials if t["state"] == "RUNNING" and (t["worker"] or "").startswith(worker[:12])]
 
-    _wait(lambda: any(epochs_of(cut)) and any(epochs_of(other)), 300)
+    _wait(lambda: any(epochs_of(cut)) and any(epochs_of(other)), 900)
     held = {t["ticket"] for t in composition.status()["trials"] if (t["worker"] or "").startswith(cut[:12])}
     docker("network", "disconnect", composition.network, cut)
     time.sleep(2 * LEASE_SECONDS)
-    _wait(lambda: not epochs_of(cut), 300)
+    _wait(lambda: not epochs_of(cut), 600)
     docker("network", "connect", composition.network, cut)
     _wait(lambda: docker("inspect", "--format", "{{.State.Status}}", cut, other).split() == ["exited"] * 2, 1200)
 
