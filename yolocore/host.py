@@ -16,6 +16,9 @@ WORKERS_VARIABLE = "YOLOSEARCH_WORKERS_ON_HOST"
 CACHE_VARIABLE = "YOLOSEARCH_CACHE_DIR"
 MAX_LOADERS = 8
 """Loader processes per trainer beyond which a GPU is hardly ever still waiting."""
+BATCHES_PER_LOADER = 4
+"""Batches that may wait per loader process: two for training, and as much of validation's."""
+_SHARED_MEMORY_PART = 0.8
 SOCKET_FOLDER_LENGTH = 60
 """Longest folder in which multiprocessing can make its sockets: their whole path has about 100 characters."""
 _NO_LIMIT = 2**60
@@ -39,20 +42,40 @@ def available_cores() -> int:
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
-def loader_processes(wanted: LoaderCount, device_type: str) -> int:
+def loader_processes(
+    wanted: LoaderCount, device_type: str, batch_bytes: int = 0, shared_memory: int | None = None
+) -> int:
     """How many loader processes a trainer starts.
 
     Args:
         wanted: A number, or ``auto``: none on the CPU, which training itself keeps busy; otherwise a trainer's share of
-            the cores, at most `MAX_LOADERS`.
+            the cores, at most `MAX_LOADERS` and no more than shared memory has room for.
         device_type: cpu, cuda or mps.
+        batch_bytes: Size of a batch, which travels through shared memory.
+        shared_memory: Bytes of it; None: what is free here.
 
     Returns:
         0 means that batches are made in the trainer itself.
     """
     if wanted != "auto":
         return wanted
-    return 0 if device_type == "cpu" else max(1, min(MAX_LOADERS, available_cores() // trainers_on_host()))
+    if device_type == "cpu":
+        return 0
+    count = max(1, min(MAX_LOADERS, available_cores() // trainers_on_host()))
+    room = free_shared_memory() if shared_memory is None else shared_memory
+    if room is None or batch_bytes == 0:
+        return count
+    # Containers often have 64 MB only, and a process that finds it full is killed.
+    return min(count, int(room * _SHARED_MEMORY_PART / trainers_on_host() / (BATCHES_PER_LOADER * batch_bytes)))
+
+
+def free_shared_memory(folder: str = "/dev/shm") -> int | None:
+    """Free bytes where processes share tensors, None where the system has no such place."""
+    try:
+        status = os.statvfs(folder)
+    except (OSError, AttributeError):
+        return None
+    return status.f_bavail * status.f_frsize
 
 
 def memory_share(root: Path = Path("/")) -> int | None:

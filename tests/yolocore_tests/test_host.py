@@ -17,6 +17,7 @@ from yolocore.host import (
     available_cores,
     cache_folder,
     cached_file,
+    free_shared_memory,
     loader_processes,
     memory_share,
     use_short_socket_folder,
@@ -112,9 +113,19 @@ def test_available_cores_counts_what_this_process_may_use() -> None:
 def test_loader_processes_auto_none_on_cpu_else_a_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [loader_processes(3, kind) for kind in ("cpu", "cuda")] == [3, 3]
     assert loader_processes("auto", "cpu") == 0
-    assert loader_processes("auto", "cuda") == max(1, min(MAX_LOADERS, available_cores()))
+    most = max(1, min(MAX_LOADERS, available_cores()))
+    assert loader_processes("auto", "cuda") == most
+    batch = 16 * 3 * 640 * 640
+    assert loader_processes("auto", "cuda", batch, 64 * 2**20) == 0
+    assert loader_processes("auto", "cuda", batch, 100 * 2**20) == 1
+    assert loader_processes("auto", "cuda", batch, 2**40) == most
     monkeypatch.setenv(WORKERS_VARIABLE, "1000")
     assert loader_processes("auto", "cuda") == 1
+
+
+def test_free_shared_memory_of_a_folder_and_of_none(tmp_path: Path) -> None:
+    assert (free_shared_memory(str(tmp_path)) or 0) > 0
+    assert free_shared_memory(str(tmp_path / "gone")) is None
 
 
 def test_cache_folder_named_default_and_fallback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

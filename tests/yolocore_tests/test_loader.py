@@ -138,22 +138,6 @@ def test_train_loader_other_cache_same_stream(
     assert len(list(tmp_path.glob("cache/*/*.npy"))) == (11 if cache == "disk" else 0)
 
 
-def test_train_loader_disk_cache_shared_by_processes_same_stream(
-    split: Split, reference: list[list[Batch]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("YOLOSEARCH_CACHE_DIR", str(tmp_path))
-    before = sorted(path.name for path in split.images[0].image.parent.iterdir())
-    loader = TrainLoader(split, Hyperparameters(mixup=0.5), 64, 2, 9, cache="disk", workers=2)
-    try:
-        batches = list(loader.epoch(1))
-    finally:
-        loader.close()
-    images = torch.cat([batch.images for batch in batches])
-    assert torch.equal(images, torch.cat([batch.images for batch in reference[1]]))
-    assert sorted(path.suffix for path in tmp_path.rglob("*") if path.is_file()) == [".npy"] * 11
-    assert sorted(path.name for path in split.images[0].image.parent.iterdir()) == before
-
-
 def test_train_loader_other_seed_other_stream(split: Split, reference: list[list[Batch]]) -> None:
     other = TrainLoader(split, Hyperparameters(mixup=0.5), 64, 4, stream_seed=10)
     assert [batch.index for batch in other.epoch(0)] != [batch.index for batch in reference[0]]
@@ -200,14 +184,20 @@ def test_train_loader_rect_batches_by_aspect_every_epoch_alike(split: Split) -> 
     assert not torch.equal(first[0].images, second[0].images)  # still augmented
 
 
-def test_train_loader_rect_two_worker_processes_same_stream(split: Split) -> None:
+def test_train_loader_rect_two_worker_processes_share_the_disk_cache_same_stream(
+    split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("YOLOSEARCH_CACHE_DIR", str(tmp_path))
+    before = sorted(path.name for path in split.images[0].image.parent.iterdir())
     hyp = Hyperparameters(degrees=10, flipud=0.5)
     here = list(TrainLoader(split, hyp, 96, 3, stream_seed=9, rect=True).epoch(2))
-    loader = TrainLoader(split, hyp, 96, 3, stream_seed=9, rect=True, workers=2)
+    loader = TrainLoader(split, hyp, 96, 3, stream_seed=9, cache="disk", rect=True, workers=2)
     try:
         assert_same(list(loader.epoch(2)), here)
     finally:
         loader.close()
+    assert sorted(path.suffix for path in tmp_path.rglob("*") if path.is_file()) == [".npy"] * 11
+    assert sorted(path.name for path in split.images[0].image.parent.iterdir()) == before
 
 
 def test_train_loader_rect_images_letterboxed_without_waste_and_enlarged(tmp_path: Path) -> None:

@@ -53,7 +53,8 @@ class CutOffError(Exception):
 def test_run_epoch_cut_off_and_resumed_with_mosaic_and_two_loader_processes_identical_curve(
     config: TrainConfig, tmp_path: Path
 ) -> None:
-    whole = list(curve(PackTrainer(replace(config, workers=0), [SlotStart("t", MIXED)])))
+    config = replace(config, workers=0, eval_every=3)
+    whole = list(curve(PackTrainer(config, [SlotStart("t", MIXED)])))
     config = replace(config, workers=2)
 
     def cut(done: int, _count: int) -> None:
@@ -76,6 +77,7 @@ def test_run_epoch_cut_off_and_resumed_with_mosaic_and_two_loader_processes_iden
         again.close()
     assert [replace(first, seconds=0.0, evaluation_seconds=0.0), *rest] == whole
     assert [report.epoch for report in rest] == [1, 2]
+    assert rest[-1].metrics is not None
 
 
 def test_run_epoch_rect_pack_of_two_trains_each_slot_as_alone(config: TrainConfig) -> None:

@@ -94,7 +94,8 @@ class TrainingData:
         """
         data = load_dataset_config(config.data, single_class=config.single_cls)
         device = resolve_device(config.device).type
-        loaders = loader_processes(config.workers, device)
+        batch_bytes = 3 * config.batch_size * config.image_size**2
+        loaders = loader_processes(config.workers, device, batch_bytes)
         settings = AugmentSettings.from_hyperparameters(hyperparameters)
         common: dict[str, Any] = {"cache": config.cache, "pin_memory": device == "cuda"}
         train, size = scan_split(data, "train"), config.image_size
