@@ -9,7 +9,7 @@ from pathlib import Path
 
 from search.config import StudyConfig
 from search.errors import SearchError, UserInputError
-from search.ledger import Ledger, Ticket, TicketState
+from search.ledger import Ledger, Ticket, TicketState, base_numbers
 from search.prepared import Prepared
 from search.space import hyperparameters
 from yolocore.hyperparameters import Hyperparameters
@@ -64,7 +64,8 @@ def best_trial(ledger: Ledger, config: StudyConfig) -> BestTrial:
         found = f"none of {len(tickets)} trials is complete"
         raise UserInputError(f"study {config.name}: {found}; allowed: a study with a complete trial")
     best = max(complete, key=lambda ticket: (_value(ticket), -ticket.number))
-    base = next((ticket for ticket in complete if 0 in (ticket.number, ticket.retry_of)), None)
+    numbers = base_numbers(tickets)
+    base = next((ticket for ticket in complete if ticket.number in numbers), None)
     rows = [row for row in ledger.reports(best.id) if best.best_epoch in (None, row.epoch)]
     record = ledger.study(config.name)
     anchors = Prepared.of(record.config).autoanchor

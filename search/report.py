@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from itertools import pairwise
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -15,8 +16,9 @@ from rich.text import Text
 
 from search.config import StudyConfig
 from search.housekeeping import StudyRow
-from search.ledger import EpochRow, Ledger, Ticket, TicketState, WorkerRow, WorkerState
+from search.ledger import EpochRow, Ledger, Ticket, TicketState, WorkerRow, WorkerState, base_numbers
 from search.prepared import Prepared
+from search.worker.lease import HEARTBEAT_SECONDS
 from yolocore.hyperparameters import LOSS_WEIGHT_KEYS
 
 STATE_STYLES = {
@@ -26,6 +28,10 @@ STATE_STYLES = {
     TicketState.PRUNED: "yellow",
     TicketState.FAIL: "red",
 }
+
+
+START_SECONDS = 60.0
+"""What a worker may take before its first epoch begins; a longer silence is time in which nobody worked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +69,10 @@ class StudyStatus:
     slot_epochs: int
     eta_seconds: float | None
     stop_reason: str | None
+    unsent: int
+    """Ended trials whose records MLflow (or Optuna) does not have yet; a worker sends them."""
+    precisions: tuple[str, ...]
+    """In which its workers have trained; more than one where `train.precision: auto` met different hosts."""
     prepared: Prepared
     """What was worked out when the study was created."""
 
@@ -85,29 +95,34 @@ def study_status(ledger: Ledger, config: StudyConfig) -> StudyStatus:
     complete = [trial for trial in trials if trial.state == TicketState.COMPLETE and trial.value is not None]
     counts = {state.value: sum(ticket.state is state for ticket in tickets) for state in TicketState}
     workers = ledger.workers(config.name)
+    now = ledger.now()
     return StudyStatus(
         study=config.name,
         counts=counts,
         trials=trials,
-        workers=sum(_is_fresh(worker) for worker in workers),
+        workers=sum(_is_fresh(worker, now) for worker in workers),
         devices={worker.id: worker.device for worker in workers},
         best=max(complete, key=lambda trial: trial.value or 0.0, default=None),
         base=_base(tickets, trials),
         slot_epochs=sum(len(rows) for rows in reports.values()),
         eta_seconds=_eta(tickets, reports),
         stop_reason=record.stop_reason,
+        unsent=sum(ticket.state.is_final and not ticket.mirrored for ticket in tickets) * config.tracking.enabled,
+        precisions=tuple(sorted({worker.device.rpartition(" ")[2] for worker in workers if " " in worker.device})),
         prepared=Prepared.of(record.config),
     )
 
 
 def _base(tickets: Sequence[Ticket], trials: Sequence[TrialStatus]) -> TrialStatus | None:
-    """The base's trial; its retry where the first one failed."""
-    found = [trial for ticket, trial in zip(tickets, trials, strict=True) if 0 in (ticket.number, ticket.retry_of)]
+    """The base's trial; its last retry where the first one failed."""
+    numbers = base_numbers(tickets)
+    found = [trial for ticket, trial in zip(tickets, trials, strict=True) if ticket.number in numbers]
     return found[-1] if found else None
 
 
-def _is_fresh(worker: WorkerRow, seconds: float = 120.0) -> bool:
-    return worker.state is WorkerState.RUNNING and time.time() - worker.heartbeat < seconds
+def _is_fresh(worker: WorkerRow, now: float) -> bool:
+    """Whether it lives, as far as the database knows: it has missed no two beats."""
+    return worker.state is WorkerState.RUNNING and now - worker.heartbeat < 2 * HEARTBEAT_SECONDS
 
 
 def _trial_status(ticket: Ticket, rows: Sequence[EpochRow], config: StudyConfig) -> TrialStatus:
@@ -139,8 +154,22 @@ def _eta(tickets: Sequence[Ticket], reports: Mapping[int, Sequence[EpochRow]]) -
     mean = spent / len(finished)
     done = sum(len(rows) for rows in reports.values())
     left = sum(max(0.0, mean - len(reports.get(t.id, ()))) for t in tickets if not t.state.is_final)
-    elapsed = max(row.stored_at for rows in reports.values() for row in rows) - min(started) if done else 0.0
-    return left * elapsed / done if done else None
+    return left * _busy_seconds(started, reports) / done if done else None
+
+
+def _busy_seconds(started: Sequence[float], reports: Mapping[int, Sequence[EpochRow]]) -> float:
+    """How long anybody has trained: between reports, without the time in which nobody worked on the study."""
+    moments = sorted([*started, *(row.stored_at for rows in reports.values() for row in rows)])
+    # Within an attempt nobody was idle; a first epoch may take as long again, and some start.
+    paces = [
+        later.stored_at - earlier.stored_at
+        for rows in reports.values()
+        for earlier, later in pairwise(rows)
+        if earlier.attempt == later.attempt
+    ]
+    longest = max(paces, default=0.0)
+    idle = 2 * longest + START_SECONDS
+    return sum(gap if gap <= idle else longest for gap in (later - earlier for earlier, later in pairwise(moments)))
 
 
 def live_view(status: StudyStatus) -> RenderableType:
@@ -161,6 +190,10 @@ def headline(status: StudyStatus, *, with_eta: bool = True) -> str:
         parts.append(f"best {_value(status.best.value)} (trial {status.best.number})")
     if status.base is not None and status.base.value is not None:
         parts.append(f"base {_value(status.base.value)}")
+    if status.unsent:
+        parts.append(f"{status.unsent} to be sent to MLflow")
+    if len(status.precisions) > 1:
+        parts.append(f"trained in {' and '.join(status.precisions)}: set train.precision to compare like with like")
     if with_eta and status.eta_seconds is not None and not status.finished:
         parts.append(f"about {duration(status.eta_seconds)} left")
     return " | ".join(parts)

@@ -561,8 +561,8 @@ def should_prune(study: optuna.Study, config: StudyConfig, trial_id: int, epochs
     the answer is lost on the way to the ledger, asking again at the same epoch starts from the same rung.
 
     Returns:
-        False for the base (trial 0 is the yardstick and always runs to its end), before the first rung, and at the last
-        epoch, where nothing is left to save.
+        False for the base (the yardstick, trial 0 or a retry of it, always runs to its end), before the first rung, and
+        at the last epoch, where nothing is left to save.
     """
     pruner = config.pruner
     if isinstance(pruner, NonePruner) or not (pruner.min_epochs or 1) <= epochs_done < config.train.epochs:
@@ -573,12 +573,16 @@ def should_prune(study: optuna.Study, config: StudyConfig, trial_id: int, epochs
         if trial.state.is_finished() or trial.last_step != epochs_done:
             return False
         trial = _before_asking(study._storage, trial, epochs_done)
-        return bool(study.pruner.prune(study, trial)) and trial.number != 0
+        return bool(study.pruner.prune(study, trial)) and not _is_base(config, trial)
 
     try:
         return _retry(decide)
     except UpdateFinishedTrialError:
         return False
+
+
+def _is_base(config: StudyConfig, trial: FrozenTrial) -> bool:
+    return trial.number == 0 or trial.params == base_params(config)
 
 
 def _before_asking(storage: BaseStorage, trial: FrozenTrial, step: int) -> FrozenTrial:

@@ -2,7 +2,16 @@
 
 from search.ledger.claims import MAX_STALLED
 from search.ledger.ledger import Ledger, TrialTakenError
-from search.ledger.records import EpochRow, StateCount, StudyRecord, Ticket, TicketState, WorkerRow, WorkerState
+from search.ledger.records import (
+    EpochRow,
+    StateCount,
+    StudyRecord,
+    Ticket,
+    TicketState,
+    WorkerRow,
+    WorkerState,
+    base_numbers,
+)
 
 __all__ = [
     "MAX_STALLED",
@@ -15,4 +24,5 @@ __all__ = [
     "TrialTakenError",
     "WorkerRow",
     "WorkerState",
+    "base_numbers",
 ]

@@ -704,6 +704,10 @@ class Ledger:
         mine = sa.update(worker_table).where(worker_table.c.id == worker_id)
         self._write(lambda connection: connection.execute(mine.values(state=WorkerState.EXITED)))
 
+    def now(self) -> float:
+        """UTC epoch seconds on the clock that leases and heartbeats run on."""
+        return self._read(clock)
+
     def workers(self, study: str, state: WorkerState | None = None) -> tuple[WorkerRow, ...]:
         """All workers that ever registered, or those in one state, oldest first."""
         query = sa.select(worker_table).where(worker_table.c.study == study)

@@ -1,6 +1,6 @@
 """What the ledger hands out: frozen copies of its rows."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -70,6 +70,15 @@ class Ticket:
     finished: float | None
     retry_of: int | None = None
     """Number of the failed ticket that this one gives another chance."""
+
+
+def base_numbers(tickets: Iterable[Ticket]) -> frozenset[int]:
+    """Numbers of the tickets that train the base: the first one, its retry if it failed, and that one's retry."""
+    numbers = {0}
+    for ticket in sorted(tickets, key=lambda ticket: ticket.number):
+        if ticket.retry_of in numbers:
+            numbers.add(ticket.number)
+    return frozenset(numbers)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,6 +14,8 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_LEASE_SECONDS = 300.0
 RENEWALS_PER_LEASE = 6
+HEARTBEAT_SECONDS = 60.0
+"""A worker says at least so often that it lives, however long its leases are."""
 
 
 class LeaseKeeper:
@@ -80,7 +82,7 @@ class LeaseKeeper:
             self._lost |= gone
 
     def _run(self) -> None:
-        while not self._stop.wait(self._lease_seconds / RENEWALS_PER_LEASE):
+        while not self._stop.wait(min(self._lease_seconds / RENEWALS_PER_LEASE, HEARTBEAT_SECONDS)):
             try:
                 self.renew()
             except SearchError as error:

@@ -107,7 +107,8 @@ def run_worker(options: WorkerOptions) -> WorkerOutcome:
     refuse_shared_database(config, options.storage_url, options.runs_dir)
     context = _open(options, ledger, record, config)
     warm_up(context.study)
-    ledger.register_worker(options.worker_id, options.study, process_identity(), os.getpid(), context.train.device)
+    device = f"{context.train.device} {context.train.precision}"
+    ledger.register_worker(options.worker_id, options.study, process_identity(), os.getpid(), device)
     with (
         StopFlag(options.parent, options.stop_seconds).installed() as stop,
         _mirror(options, context, record) as mirror,

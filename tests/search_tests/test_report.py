@@ -191,3 +191,40 @@ def test_study_status_from_the_frozen_configuration(worked: TinyStudy) -> None:
     frozen = StudyConfig.from_json(Ledger.study(worked.ledger, NAME).config)
 
     assert study_status(worked.ledger, frozen).to_json()["trials"][0]["epochs"] == 4
+
+
+def test_study_status_eta_leaves_out_the_time_in_which_nobody_worked(
+    study: TinyStudy, edit: Callable[[TinyStudy, str], None]
+) -> None:
+    ledger = study.ledger
+    first, second, *_ = ledger.claim(NAME, "here", 2, 60.0)
+    ledger.link_trial(second, 2, 1, {"box": 0.1, "cls": 1.0})
+    # Ten seconds an epoch, a night between two attempts at the second trial.
+    for epoch in range(4):
+        ledger.record_epoch(first, epoch, 0.1, {"fitness": 0.1}, START + 10 * (epoch + 1))
+    for epoch in range(2):
+        ledger.record_epoch(second, epoch, 0.1, {"fitness": 0.1}, START + 10 * (epoch + 1))
+    ledger.finish(first, TicketState.COMPLETE, 0.1, None, 3)
+    edit(study, f"UPDATE yolosearch_ticket SET started = {START} WHERE started IS NOT NULL")
+    before = status_of(study).eta_seconds
+    ledger.hand_back([second])
+    again, *_ = ledger.claim(NAME, "here", 1, 60.0)
+    ledger.record_epoch(again, 2, 0.1, {"fitness": 0.1}, START + 36_000)
+
+    # 6 epochs in 40 s, 2 + 4 + 4 are left; then one more in 10 s.
+    assert before == pytest.approx(10 * 40 / 6)
+    assert status_of(study).eta_seconds == pytest.approx(9 * 50 / 7)
+
+
+def test_headline_names_what_mlflow_does_not_have_yet_and_mixed_precisions(worked: TinyStudy) -> None:
+    ledger = worked.ledger
+    tracked = worked.config.model_copy(update={"tracking": worked.config.tracking.model_copy(update={"enabled": True})})
+    ledger.register_worker("one", NAME, "host@1", 1, "cpu fp32")
+    ledger.mark_mirrored(ledger.tickets(NAME)[0].id)
+
+    assert "2 to be sent to MLflow" in headline(study_status(ledger, tracked))
+    assert "trained in" not in headline(study_status(ledger, tracked))
+    assert study_status(ledger, worked.config).unsent == 0
+
+    ledger.register_worker("two", NAME, "other@1", 1, "cuda:0 bf16")
+    assert "trained in bf16 and fp32: set train.precision" in headline(study_status(ledger, tracked))

@@ -20,7 +20,7 @@ from optuna.trial import TrialState, create_trial
 from search.config import SAMPLERS, StudyConfig, parse_study
 from search.database import init_lock, named_lock
 from search.errors import DatabaseError, StudyConfigError, UnknownStudyError
-from search.space import distributions
+from search.space import base_params, distributions
 from search.study import (
     ASKED_ATTR,
     TICKET_ATTR,
@@ -369,6 +369,18 @@ def test_should_prune_never_stops_the_base_but_fills_its_rungs(storage: optuna.s
     assert not should_prune(study, config, base.trial_id, 1)
     assert stored(study, base.trial_id).system_attrs["completed_rung_0"] == 0.1
     assert should_prune(study, config, second.trial_id, 1)
+
+
+def test_should_prune_never_stops_a_retry_of_the_base(storage: optuna.storages.RDBStorage) -> None:
+    config = study_config(pruner={"name": "threshold", "lower": 1.0, "min_epochs": 1})
+    study, _ = start(config, storage)
+    retry = ask(study, config, 1, linked=(), fixed_params=base_params(config))
+    other = ask(study, config, 2, linked=(retry.trial_id,))
+    for trial in (retry, other):
+        mirror_reports(study, trial.trial_id, rows(0.1))
+
+    assert not should_prune(study, config, retry.trial_id, 1)
+    assert should_prune(study, config, other.trial_id, 1)
 
 
 @pytest.mark.parametrize("pruner", ["asha", "hyperband"])
