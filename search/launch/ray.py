@@ -8,6 +8,7 @@ and what Ray loses the ledger gives back.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import platform
 import secrets
@@ -25,7 +26,7 @@ from typing import Any, Literal, Self, get_args
 
 from search.config import StudyConfig
 from search.database import STORAGE_URL_VARIABLE, mask_url, sqlite_path
-from search.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_STOPPED, DatabaseError, UserInputError
+from search.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_STOPPED, DatabaseError, SearchError, UserInputError
 from search.launch.launcher import RestartPolicy, WorkerPhase, WorkerView, study_progress
 from search.launch.plan import GPU_VARIABLE, LaunchPlan, Seat
 from search.ledger import Ledger, TicketState
@@ -46,10 +47,13 @@ FORWARDED_VARIABLES = (
 """What a worker needs of the launcher's environment. All else, such as keys of an object store, is the node's own."""
 
 CONNECT_SECONDS = 10.0
-KILL_GRACE_SECONDS = 5.0
-"""A worker ends by itself within the plan's `stop_seconds`; its actor is killed so much later."""
+KILL_GRACE_SECONDS = 2.0
+"""A worker ends by itself within the plan's `stop_seconds`; its actor kills it so much later, and the launcher kills
+the actor so much after that."""
 WAIT_NOTICE_SECONDS = 30.0
 """After so long without room in the cluster the launcher says what a worker waits for; then ten times as rarely."""
+LOOK_SECONDS = 2.0
+"""Between two looks at the study on behalf of workers that wait for room."""
 OBJECT_STORE_BYTES = 100 * 1024 * 1024
 """Of a cluster made for the occasion: nothing but a few words goes through Ray."""
 
@@ -121,6 +125,11 @@ class WorkerEnd:
     """Of its process; None where nobody lived to see it."""
     words: str
 
+    @property
+    def killed(self) -> bool:
+        """Whether it had no chance to hand its tickets back."""
+        return self.code is None or self.code < 0
+
 
 @dataclass(frozen=True, slots=True)
 class Spot:
@@ -148,11 +157,11 @@ class WorkerActor:
         self._stopped = False
         self._lock = threading.Lock()
 
-    def spot(self, folder: StudyFolder, seat_name: str) -> Spot:
+    def spot(self, folder: StudyFolder, seat_name: str, gpus: float) -> Spot:
         """Where this is; answers as soon as Ray has found room."""
-        visible = os.environ.get(GPU_VARIABLE, "")
-        gpus = tuple(word for word in visible.split(",") if word)
-        return Spot(platform.node(), gpus, str(_node_folder(folder).log(seat_name)))
+        visible = os.environ.get(GPU_VARIABLE, "") if gpus else ""
+        numbers = tuple(word for word in visible.split(",") if word)
+        return Spot(platform.node(), numbers, str(_node_folder(folder).log(seat_name)))
 
     def run(self, task: WorkerTask, log: str) -> WorkerEnd:
         """A worker from its start to its end."""
@@ -230,9 +239,10 @@ class _Place:
     starts: int = 0
     actor: Any = None
     asked_at: float = 0.0
-    spot_ref: Any = None
+    awaited: Any = None
+    """The call whose answer comes next: where the actor is, then how its worker ended."""
+    runs: bool = False
     spot: Spot | None = None
-    end_ref: Any = None
     end: WorkerEnd | None = None
     restart: RestartPolicy = field(default_factory=RestartPolicy)
     done: bool = False
@@ -257,6 +267,7 @@ class RayLauncher:
         self._started = time.monotonic()
         self._stopping = False
         self._notice_at = WAIT_NOTICE_SECONDS
+        self._look_at = 0.0
 
     def __enter__(self) -> Self:
         self._cluster = _Cluster(self._address)
@@ -279,13 +290,15 @@ class RayLauncher:
 
     def poll(self) -> bool:
         """Looks after the workers once; True while one runs, or waits for room or for its restart."""
-        for place in self._places:
-            if not place.done:
-                try:
-                    self._look_after(place)
-                except DatabaseError as error:
-                    logger.warning("worker %s ended, and the database is away: %s", place.worker_id, error)
-        self._say_what_is_missing()
+        awaited = [ref for place in self._places if (ref := place.awaited) is not None]
+        answered = set(self._cluster.wait(awaited, 0))
+        try:
+            for place in self._places:
+                if not place.done:
+                    self._look_after(place, answered)
+            self._spare_those_without_room()
+        except DatabaseError as error:
+            logger.warning("the database is away, and the workers are looked after later: %s", error)
         return not all(place.done for place in self._places)
 
     def views(self) -> tuple[WorkerView, ...]:
@@ -309,15 +322,19 @@ class RayLauncher:
 
     # -- one place ----------------------------------------------------------------------------------------------------
 
-    def _look_after(self, place: _Place) -> None:
-        if place.actor is None:
+    def _look_after(self, place: _Place, answered: set[Any]) -> None:
+        if place.end is not None:
+            self._conclude(place, place.end)
+        elif place.actor is None:
             if place.restart.is_due:
                 self._ask(place)
-        elif place.end_ref is None:
-            self._settle(place)
-        elif place.end is not None or self._cluster.is_ready(place.end_ref):
-            place.end = place.end or self._cluster.end_of(place.end_ref)
-            self._conclude(place, place.end)
+        elif place.awaited in answered:
+            answer = self._cluster.result(place.awaited)
+            if isinstance(answer, Spot):
+                self._start(place, answer)
+            else:
+                place.end = answer
+                self._conclude(place, answer)
 
     def _ask(self, place: _Place) -> None:
         """Asks Ray for a new actor; it comes when there is room."""
@@ -325,22 +342,15 @@ class RayLauncher:
         place.worker_id = f"{place.name}.{place.starts}"
         place.starts += 1
         place.asked_at = time.monotonic()
+        place.spot = None
         place.actor = self._cluster.new_actor(place.worker_id, place.index)
-        place.spot_ref = place.actor.spot.remote(self._plan.folder, place.name)
+        place.awaited = place.actor.spot.remote(self._plan.folder, place.name, self._gpus)
 
-    def _settle(self, place: _Place) -> None:
-        """Starts the worker as soon as its actor is there."""
-        if not self._cluster.is_ready(place.spot_ref):
-            if self._nothing_left():
-                self._drop(place)
-                place.done = True
-            return
-        found = self._cluster.result(place.spot_ref)
-        if isinstance(found, WorkerEnd):
-            place.end_ref, place.end = place.spot_ref, found
-            return
-        place.spot = found
-        place.end_ref = place.actor.run.remote(self._task(place), found.log)
+    def _start(self, place: _Place, spot: Spot) -> None:
+        """Starts the worker: its actor is there."""
+        place.spot = spot
+        place.awaited = place.actor.run.remote(self._task(place), spot.log)
+        place.runs = True
 
     def _conclude(self, place: _Place, end: WorkerEnd) -> None:
         # First all that needs the database: while that is away the place stays as it is, and is looked at again.
@@ -363,7 +373,8 @@ class RayLauncher:
         """Gives an actor's room back; whatever still runs there ends."""
         if place.actor is not None:
             self._cluster.kill(place.actor)
-        place.actor = place.spot_ref = place.end_ref = place.end = None
+        place.actor = place.awaited = place.end = None
+        place.runs = False
 
     def _task(self, place: _Place) -> WorkerTask:
         plan, timeout = self._plan, self._plan.timeout
@@ -394,7 +405,7 @@ class RayLauncher:
         )
 
     def _phase(self, place: _Place) -> WorkerPhase:
-        if place.end_ref is not None:
+        if place.runs:
             return "stops" if self._stopping else "runs"
         if place.given_up:
             return "given up"
@@ -408,7 +419,9 @@ class RayLauncher:
             return self._share.gpus
         device = StudyConfig.from_json(self._ledger.study(self._plan.folder.study).config).train.device
         wants_gpu = device == "auto" or device.startswith("cuda")
-        return 1 / self._plan.per_gpu if wants_gpu and self._cluster.total("GPU") else 0.0
+        # Ray counts in ten-thousandths, and rounds up: the last of seven sevenths would find no room.
+        share = math.floor(10_000 / self._plan.per_gpu) / 10_000
+        return share if wants_gpu and self._cluster.total("GPU") else 0.0
 
     def _is_stopped(self) -> bool:
         """Whether the study gives out no more tickets: a new worker would end like the last one."""
@@ -425,30 +438,39 @@ class RayLauncher:
         counts = self._ledger.counts(self._plan.folder.study)
         return self._is_stopped() or not counts[TicketState.WAITING] + counts[TicketState.RUNNING]
 
-    def _say_what_is_missing(self) -> None:
+    def _spare_those_without_room(self) -> None:
+        """Workers that wait for room need not come where nothing is left to do; otherwise says what they wait for."""
         now = time.monotonic()
-        waiting = [place for place in self._places if place.actor is not None and place.end_ref is None]
-        longest = max((now - place.asked_at for place in waiting), default=0.0)
-        if longest < self._notice_at:
+        waiting = [place for place in self._places if place.actor is not None and not place.runs]
+        if not waiting or now < self._look_at:
             return
-        self._notice_at = 10 * longest
-        logger.warning(
-            "%d of %d workers wait for room in the cluster: each asks for %g CPU and %g GPU; free now: %s",
-            len(waiting),
-            len(self._places),
-            self._share.cpus,
-            self._gpus,
-            self._cluster.free(),
-        )
+        self._look_at = now + LOOK_SECONDS
+        if self._nothing_left():
+            for place in waiting:
+                self._drop(place)
+                place.done = True
+            return
+        longest = max(now - place.asked_at for place in waiting)
+        if longest > self._notice_at:
+            self._notice_at = 10 * longest
+            logger.warning(
+                "%d of %d workers wait for room in the cluster: each asks for %g CPU and %g GPU; free now: %s",
+                len(waiting),
+                len(self._places),
+                self._share.cpus,
+                self._gpus,
+                self._cluster.free(),
+            )
 
     def _stop_actors(self, places: list[_Place]) -> set[str]:
         """Asks them all at once; names of the workers that did not answer in time."""
-        running = {place.worker_id: place.end_ref for place in places if place.end_ref is not None}
+        running = {place.worker_id: place.awaited for place in places if place.runs}
+        seconds = self._plan.stop_seconds + KILL_GRACE_SECONDS
         for place in places:
-            if place.worker_id in running:
-                place.actor.stop.remote(self._plan.stop_seconds)
-        ended = self._cluster.wait(list(running.values()), self._plan.stop_seconds + KILL_GRACE_SECONDS)
-        return {name for name, ref in running.items() if ref not in ended or self._cluster.end_of(ref).code is None}
+            if place.runs:
+                place.actor.stop.remote(seconds)
+        ended = self._cluster.wait(list(running.values()), seconds + KILL_GRACE_SECONDS)
+        return {name for name, ref in running.items() if ref not in ended or self._cluster.result(ref).killed}
 
     def _hand_back(self, names: set[str]) -> None:
         """Frees what workers held that had to be killed; they were asked to end, so no trial is charged."""
@@ -520,12 +542,18 @@ class _Cluster:
             self._ray.kill(actor, no_restart=True)
 
     def wait(self, refs: list[Any], seconds: float) -> list[Any]:
-        """Those that are ready within `seconds`."""
-        return self._ray.wait(refs, num_returns=len(refs), timeout=seconds)[0] if refs else []
+        """Those of `refs` that have an answer within `seconds`, or will never have one.
 
-    def is_ready(self, ref: Any) -> bool:
-        """Whether a call has an answer, or will never have one."""
-        return bool(self.wait([ref], 0))
+        Raises:
+            SearchError: The cluster is gone.
+        """
+        try:
+            return self._ray.wait(refs, num_returns=len(refs), timeout=seconds)[0] if refs else []
+        except (self._ray.exceptions.RayError, ConnectionError) as error:
+            raise SearchError(
+                f"the Ray cluster is gone ({_words(error)}): its workers end with it; the same command goes on with "
+                "their trials, at the latest when their leases end"
+            ) from None
 
     def result(self, ref: Any) -> Any:
         """A call's answer; a `WorkerEnd` where the actor did not live to give it."""
@@ -533,12 +561,6 @@ class _Cluster:
             return self._ray.get(ref)
         except self._ray.exceptions.RayError as error:
             return WorkerEnd(None, _words(error))
-
-    def end_of(self, ref: Any) -> WorkerEnd:
-        """How a worker ended."""
-        end = self.result(ref)
-        assert isinstance(end, WorkerEnd)
-        return end
 
     def total(self, resource: str) -> float:
         """What all nodes have together."""
@@ -619,8 +641,9 @@ def _signals_kept() -> Iterator[None]:
 
 
 def _words(error: Exception) -> str:
-    """The line of Ray's many that says what happened."""
+    """What happened, of the many lines that Ray has for it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [line for line in lines if line.startswith(("The actor is dead because", "The actor died because"))]
-    errors = [line for line in lines if "Error:" in line.partition(" ")[0] + " "]
-    return next(iter([*errors[-1:], *telling, *lines[:1]]), type(error).__name__)
+    deaths = [line.partition(". ")[0] for line in lines if line.startswith("The actor is dead because")]
+    deaths += [line.partition(". ")[0] for line in lines if line.startswith("The actor died because its")]
+    raised = [line for line in lines if "Error:" in line.partition(" ")[0]]
+    return next(iter([*raised[-1:], *deaths, *lines]), type(error).__name__)
