@@ -31,6 +31,7 @@ from search.launch.launcher import RestartPolicy, WorkerPhase, WorkerView, study
 from search.launch.plan import GPU_VARIABLE, LaunchPlan, Seat
 from search.ledger import Ledger, TicketState
 from search.paths import RUNS_DIR_VARIABLE, StudyFolder
+from yolocore.host import WORKERS_VARIABLE
 
 logger = logging.getLogger(__name__)
 
@@ -180,7 +181,9 @@ class WorkerActor:
             return WorkerEnd(None, f"{error.filename}: {error.strerror} on {platform.node()}")
         if process is None:
             return WorkerEnd(EXIT_INTERRUPTED, "stopped before it started")
-        return WorkerEnd(process.wait(), f"{_last_line(path)} (log: {path} on {platform.node()})")
+        code = process.wait()
+        words = _last_line(path) if code >= 0 else f"ended by {signal.Signals(-code).name}"
+        return WorkerEnd(code, f"{words} (log: {path} on {platform.node()})")
 
     def stop(self, seconds: float) -> None:
         """Asks the worker to hand its tickets back; kills it, with its trainer, if it takes longer."""
@@ -380,6 +383,10 @@ class RayLauncher:
         plan, timeout = self._plan, self._plan.timeout
         environment = {name: value for name in FORWARDED_VARIABLES if (value := os.environ.get(name))}
         environment[STORAGE_URL_VARIABLE] = plan.storage_url
+        if place.spot is not None:
+            # At most: a trainer takes no more than its part of the host's memory and cores.
+            room = self._cluster.room_on(place.spot.host, self._share.cpus, self._gpus)
+            environment[WORKERS_VARIABLE] = str(max(1, min(plan.workers, room)))
         # Ray shows an actor its GPUs only, which are its first ones; without any it may show all.
         seat = Seat(index=place.index, device="cuda" if self._gpus else "cpu")
         if not self._gpus:
@@ -565,6 +572,13 @@ class _Cluster:
     def total(self, resource: str) -> float:
         """What all nodes have together."""
         return float(self._ray.cluster_resources().get(resource, 0.0))
+
+    def room_on(self, host: str, cpus: float, gpus: float) -> int:
+        """How many workers fit on one host at once."""
+        asked = {name: each for name, each in (("CPU", cpus), ("GPU", gpus)) if each}
+        here = [node for node in self._ray.nodes() if node["Alive"] and node["NodeManagerHostname"] == host]
+        fits = [min(node["Resources"].get(name, 0.0) / each for name, each in asked.items()) for node in here if asked]
+        return sum(map(int, fits)) or 1
 
     def free(self) -> str:
         """What nobody uses now."""

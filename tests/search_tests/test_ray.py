@@ -252,7 +252,8 @@ def parent_of(pid: int) -> int:
 
 
 @pytest.fixture
-def nodes() -> Iterator[Nodes]:
+def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Nodes]:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")  # an empty one forbids a node its GPU
     nodes = Nodes(2)
     yield nodes
     nodes.close()
@@ -369,7 +370,9 @@ def test_packed_workers_of_a_client_share_a_node_and_no_secret_is_written(
         poll_until(launcher, lambda: len(working(study)) == 2)
         pids = list(working(study).values())
         assert nodes.holds(0, pids[0]) == nodes.holds(0, pids[1])
-        assert all(b"PGPASSWORD=a-secret-of-the-launcher" in environment_of(pid) for pid in pids)
+        for pid in pids:
+            told = {b"PGPASSWORD=a-secret-of-the-launcher", b"YOLOSEARCH_WORKERS_ON_HOST=2", b"CUDA_VISIBLE_DEVICES="}
+            assert told <= set(environment_of(pid))
 
     files = [path for path in nodes.session.rglob("*") if path.is_file()]
     assert len(files) > 10
