@@ -136,12 +136,16 @@ def _checked_url(url: str | URL, source: str) -> URL:
 # Engines
 
 
-def engine_options(url: str | URL) -> dict[str, Any]:
+def engine_options(url: str | URL, connections: int | None = None) -> dict[str, Any]:
     """Keyword arguments for `sqlalchemy.create_engine` (also Optuna's `engine_kwargs`) that suit the URL's database.
 
     PostgreSQL sessions are pinned to UTC, since Optuna stores naive timestamps, and a host that vanishes is noticed
     within half a minute instead of after the kernel's quarter of an hour. A transaction that is left alone for
     `HALTED_SECONDS` is ended by the server.
+
+    Args:
+        url: of the database.
+        connections: how many a pool keeps open; by default one.
     """
     parsed = make_url(url)
     if parsed.get_backend_name() == "sqlite":
@@ -160,7 +164,8 @@ def engine_options(url: str | URL) -> dict[str, Any]:
     pinned = f"-c timezone=UTC -c idle_in_transaction_session_timeout={HALTED_SECONDS}s"
     # What the URL says comes last and wins, all but the time zone.
     connect_args["options"] = f"{pinned} {options} -c timezone=UTC".strip()
-    return {"connect_args": connect_args, "pool_pre_ping": True, "isolation_level": "READ COMMITTED", **POOL}
+    pool = POOL if connections is None else {**POOL, "pool_size": connections}
+    return {"connect_args": connect_args, "pool_pre_ping": True, "isolation_level": "READ COMMITTED", **pool}
 
 
 def make_engine(url: str | URL, *, create: bool = True, pooled: bool = True) -> Engine:

@@ -16,18 +16,22 @@ Three rules make many workers safe:
 import copy
 import hashlib
 import importlib.util
+import json
 import math
+import os
 import warnings
-from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, distribution_to_json
 from optuna.exceptions import ExperimentalWarning, StorageInternalError, UpdateFinishedTrialError
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage, RDBStorage
+from optuna.storages._rdb import models
+from optuna.storages._rdb import storage as rdb
 from optuna.trial import FrozenTrial, TrialState
 
 from search.config import StudyConfig
@@ -43,7 +47,7 @@ from search.database import (
     retry,
     watch_commits,
 )
-from search.errors import DatabaseError, StudyConfigError, UnknownStudyError
+from search.errors import DatabaseError, StudyConfigError, UnknownStudyError, UserInputError
 from search.settings import (
     AshaPruner,
     CmaesSampler,
@@ -66,6 +70,9 @@ from search.space import base_params, complete_params, distributions, grid_point
 PATIENCE_SECONDS = 600.0
 """How long a storage call is retried while the database is away."""
 
+GRPC_VARIABLE = "YOLOSEARCH_OPTUNA_GRPC"
+GRPC_SECONDS = 30.0
+
 TICKET_ATTR = "yolosearch:ticket"
 """Attribute of a trial: number of the ticket that it was created for."""
 
@@ -75,10 +82,10 @@ FIXED_ATTR = "yolosearch:fixed"
 ASKED_ATTR = "yolosearch:asked"
 """Attribute of a trial: the step at which its pruner was asked last, and the rungs it had before."""
 
-TPE_HISTORY = 2000
+TPE_HISTORY = 1000
 """Trials that TPE learns from: the best `TPE_BEST` and the latest. A study of up to so many is used whole."""
 
-TPE_BEST = 200
+TPE_BEST = 100
 """Many more than the 25 that TPE counts as good, so that these are the same ones with and without the limit."""
 
 _RUNG_PREFIX = "completed_rung_"
@@ -111,10 +118,40 @@ class Report(Protocol):
 # ---- storage ---------------------------------------------------------------------------------------------------------
 
 
-def open_storage(url: str) -> RDBStorage:
+def open_worker_storage(url: str) -> BaseStorage:
+    """Optuna's tables for a worker: through the gRPC proxy that `YOLOSEARCH_OPTUNA_GRPC` names, else as `open_storage`.
+
+    Raises:
+        UserInputError: the variable is not `host:port`, or the packages for it are missing.
+        DatabaseError: nobody answers there.
+    """
+    address = os.environ.get(GRPC_VARIABLE)
+    if not address:
+        return open_storage(url)
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise UserInputError(f"{GRPC_VARIABLE}: {address!r}; allowed: HOST:PORT of `python -m search.optuna_proxy`")
+    if importlib.util.find_spec("grpc") is None:
+        raise UserInputError(f"{GRPC_VARIABLE} needs packages that are not installed: pip install 'yolosearch[grpc]'")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        proxy = optuna.storages.GrpcStorageProxy(host=host, port=int(port))
+    try:
+        proxy.wait_server_ready(timeout=GRPC_SECONDS)
+    except ConnectionError:
+        raise DatabaseError(f"{GRPC_VARIABLE}: nobody answers at {address} for {GRPC_SECONDS:g} s") from None
+    return proxy
+
+
+def open_storage(url: str, connections: int | None = None) -> RDBStorage:
     """Optuna's tables in the database, created under a lock if they are missing.
 
     SQLite gets WAL and BEGIN IMMEDIATE, PostgreSQL connections that are tested before use.
+
+    Args:
+        url: of the database.
+        connections: how many to keep where many threads share this storage; by default as few as a worker needs.
 
     Raises:
         DatabaseError: the database cannot be reached, or its schema belongs to something else.
@@ -123,7 +160,7 @@ def open_storage(url: str) -> RDBStorage:
     refuse_foreign_schema(make_engine(url, pooled=False))
     try:
         with database_errors(url), init_lock(url):
-            storage = RDBStorage(url, engine_kwargs=engine_options(url))
+            storage = RDBStorage(url, engine_kwargs=engine_options(url, connections))
             configure_sqlite(storage.engine)
             watch_commits(storage.engine)
     except (StorageInternalError, RuntimeError) as error:
@@ -326,8 +363,8 @@ def ask(
             return _with_params(study, config, ticket_number, adopted._trial_id)
         template = _template(study, config, ticket_number, fixed, trials)
         with committing(condition) if condition is not None else nullcontext():
-            trial_id = study._storage.create_new_trial(study._study_id, template_trial=template)
-        return AskedTrial(trial_id, _number_of(study._storage, trial_id), template.params)
+            trial_id, number = _create(study, template)
+        return AskedTrial(trial_id, number, template.params)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
@@ -381,10 +418,45 @@ def _template(
     )
 
 
-def _number_of(storage: BaseStorage, trial_id: int) -> int:
-    """The number of a trial that was just created; Optuna's cache in front of a database has it, and gives only ids."""
-    known: Mapping[int, tuple[int, int]] = getattr(storage, "_trial_id_to_study_id_and_number", {})
-    return known[trial_id][1] if trial_id in known else storage.get_trial_number_from_id(trial_id)
+def _create(study: optuna.Study, template: FrozenTrial) -> tuple[int, int]:
+    """Id and number of the new trial.
+
+    Optuna's `create_new_trial` asks the database four times per parameter while it locks the study's row, which is
+    where many workers would queue. The rows written here are the same, in one round trip per table; that a parameter
+    fits earlier ones needs no check, since a study's space is frozen.
+    """
+    storage = getattr(study._storage, "_backend", study._storage)
+    if not isinstance(storage, RDBStorage):
+        created = study._storage.create_new_trial(study._study_id, template_trial=template)
+        return created, study._storage.get_trial_number_from_id(created)
+    with rdb._create_scoped_session(storage.scoped_session) as session:
+        models.StudyModel.find_or_raise_by_id(study._study_id, session, for_update=True)
+        trial = models.TrialModel(
+            study_id=study._study_id, number=None, state=template.state, datetime_start=template.datetime_start
+        )
+        session.add(trial)
+        session.flush()  # gives the id
+        trial_id: int = trial.trial_id  # type: ignore[assignment]
+        session.add_all(_rows(template, trial_id))
+        number: int = trial.count_past_trials(session)
+        trial.number = number
+    return trial_id, number
+
+
+def _rows(template: FrozenTrial, trial_id: int) -> Iterator[Any]:
+    """A trial's parameters and attributes as Optuna stores them."""
+    for name, value in template.params.items():
+        distribution = template.distributions[name]
+        yield models.TrialParamModel(
+            trial_id=trial_id,
+            param_name=name,
+            param_value=distribution.to_internal_repr(value),
+            distribution_json=distribution_to_json(distribution),
+        )
+    for key, value in template.user_attrs.items():
+        yield models.TrialUserAttributeModel(trial_id=trial_id, key=key, value_json=json.dumps(value))
+    for key, value in template.system_attrs.items():
+        yield models.TrialSystemAttributeModel(trial_id=trial_id, key=key, value_json=json.dumps(value))
 
 
 def _with_params(study: optuna.Study, config: StudyConfig, ticket_number: int, trial_id: int) -> AskedTrial:
@@ -554,6 +626,15 @@ def mirror_reports(study: optuna.Study, trial_id: int, rows: Iterable[Report]) -
         return 0
 
 
+def mirror_report(study: optuna.Study, trial_id: int, row: Report) -> None:
+    """Copy one row to a trial that is being trained: as `mirror_reports`, without looking what is there."""
+    value = row.value
+    if value is None or not math.isfinite(value):
+        return
+    with suppress(UpdateFinishedTrialError):
+        _retry(lambda: study._storage.set_trial_intermediate_value(trial_id, row.epoch + 1, value))
+
+
 def should_prune(study: optuna.Study, config: StudyConfig, trial_id: int, epochs_done: int) -> bool:
     """Whether the trial should stop after `epochs_done` epochs. Its values have to be mirrored before.
 
@@ -569,11 +650,15 @@ def should_prune(study: optuna.Study, config: StudyConfig, trial_id: int, epochs
         return False
 
     def decide() -> bool:
-        trial = study._storage.get_trial(trial_id)
+        trials = study.get_trials(deepcopy=False)
+        trial = next(trial for trial in trials if trial._trial_id == trial_id)
         if trial.state.is_finished() or trial.last_step != epochs_done:
             return False
-        trial = _before_asking(study._storage, trial, epochs_done)
-        return bool(study.pruner.prune(study, trial)) and not _is_base(config, trial)
+        if _has_rungs(pruner):
+            trial = _before_asking(study._storage, trial, epochs_done)
+        view = copy.copy(study)
+        view._storage = _Reading(study._storage, trial, trials)  # type: ignore[assignment]
+        return bool(study.pruner.prune(view, trial)) and not _is_base(config, trial)
 
     try:
         return _retry(decide)
@@ -585,6 +670,12 @@ def _is_base(config: StudyConfig, trial: FrozenTrial) -> bool:
     return trial.number == 0 or trial.params == base_params(config)
 
 
+def _has_rungs(pruner: PrunerConfig) -> bool:
+    """Whether asking the pruner changes the trial."""
+    inner = pruner.wrapped if isinstance(pruner, PatientPruner) else pruner
+    return isinstance(inner, AshaPruner | HyperbandPruner)
+
+
 def _before_asking(storage: BaseStorage, trial: FrozenTrial, step: int) -> FrozenTrial:
     """The trial without the rungs that an earlier, lost question at the same step has written."""
     rungs = {key for key in trial.system_attrs if key.startswith(_RUNG_PREFIX)}
@@ -593,9 +684,8 @@ def _before_asking(storage: BaseStorage, trial: FrozenTrial, step: int) -> Froze
         storage.set_trial_user_attr(trial._trial_id, ASKED_ATTR, {"step": step, "rungs": sorted(rungs)})
         return trial
     repeated = rungs - set(asked["rungs"])
-    attrs = {key: value for key, value in trial.system_attrs.items() if key not in repeated}
-    copied = storage.get_trial(trial._trial_id)
-    copied.system_attrs = attrs
+    copied = copy.deepcopy(trial)
+    copied.system_attrs = {key: value for key, value in trial.system_attrs.items() if key not in repeated}
     return copied
 
 
@@ -631,10 +721,13 @@ def tell(study: optuna.Study, trial_id: int, state: str, value: float | None = N
 
     def finish() -> None:
         trial = study._storage.get_trial(trial_id)
-        if not trial.state.is_finished():
-            study.tell(trial.number, told, state=final, skip_if_finished=True)
+        if trial.state.is_finished():
+            return
+        values = [told] if told is not None else None
+        if final is TrialState.PRUNED and trial.last_step is not None:
+            values = [trial.intermediate_values[trial.last_step]]
+        # What `Study.tell` does beyond this serves samplers with constraints.
+        study._storage.set_trial_state_values(trial_id, final, values)
 
-    try:
+    with suppress(UpdateFinishedTrialError):
         _retry(finish)
-    except UpdateFinishedTrialError:
-        return

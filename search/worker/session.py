@@ -20,7 +20,7 @@ from search.errors import SearchError, StudyConflictError
 from search.ledger import Ledger, StudyRecord
 from search.paths import StudyFolder
 from search.prepared import Prepared
-from search.study import load_study, open_storage, warm_up
+from search.study import load_study, open_worker_storage, warm_up
 from search.tracking import Tracker, default_tracking_uri, open_tracker, refuse_studys_database
 from search.worker.context import WorkerContext
 from search.worker.existing import HANG_SECONDS, OUTAGE_SECONDS, open_existing
@@ -138,7 +138,7 @@ def _open(options: WorkerOptions, ledger: Ledger, record: StudyRecord, config: S
         train=train,
         class_names=dataset.names,
         ledger=ledger,
-        study=load_study(config, open_storage(options.storage_url)),
+        study=load_study(config, open_worker_storage(options.storage_url)),
         folder=StudyFolder(options.runs_dir, config.name),
         worker_id=options.worker_id,
         lease_seconds=options.lease_seconds,
