@@ -91,8 +91,8 @@ class _Job:
 
     @property
     def has_work(self) -> bool:
-        finished = study_status(self.ledger, self.config).finished
-        return not finished or bool(self.ledger.unmirrored(self.config.name))
+        is_open = any(self.ledger.open_counts(self.config.name).values())
+        return is_open or bool(self.ledger.unmirrored(self.config.name))
 
 
 @app.command()

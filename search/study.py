@@ -598,41 +598,22 @@ def orphans(study: optuna.Study, linked: Collection[int]) -> tuple[int, ...]:
 # ---- the mirror ------------------------------------------------------------------------------------------------------
 
 
-def mirror_reports(study: optuna.Study, trial_id: int, rows: Iterable[Report]) -> int:
-    """Copy the ledger's rows into Optuna's intermediate values.
+def mirror_reports(study: optuna.Study, trial_id: int, rows: Iterable[Report]) -> None:
+    """Copy the ledger's rows into Optuna's intermediate values; a finished trial stays as it is.
 
     Args:
         study: the Optuna study.
         trial_id: the trial.
         rows: evaluated epochs; one without a finite value is left out.
-
-    Returns:
-        How many values were missing or different and have been written; none in a finished trial.
     """
     values = {row.epoch + 1: row.value for row in rows if row.value is not None and math.isfinite(row.value)}
 
-    def write() -> int:
-        stored = study._storage.get_trial(trial_id)
-        if stored.state.is_finished():
-            return 0
-        missing = {step: value for step, value in values.items() if stored.intermediate_values.get(step) != value}
-        for step, value in sorted(missing.items()):
+    def write() -> None:
+        for step, value in sorted(values.items()):
             study._storage.set_trial_intermediate_value(trial_id, step, value)
-        return len(missing)
 
-    try:
-        return _retry(write)
-    except UpdateFinishedTrialError:
-        return 0
-
-
-def mirror_report(study: optuna.Study, trial_id: int, row: Report) -> None:
-    """Copy one row to a trial that is being trained: as `mirror_reports`, without looking what is there."""
-    value = row.value
-    if value is None or not math.isfinite(value):
-        return
     with suppress(UpdateFinishedTrialError):
-        _retry(lambda: study._storage.set_trial_intermediate_value(trial_id, row.epoch + 1, value))
+        _retry(write)
 
 
 def should_prune(study: optuna.Study, config: StudyConfig, trial_id: int, epochs_done: int) -> bool:

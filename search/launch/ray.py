@@ -29,7 +29,7 @@ from search.database import STORAGE_URL_VARIABLE, mask_url, sqlite_path
 from search.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_STOPPED, DatabaseError, SearchError, UserInputError
 from search.launch.launcher import RestartPolicy, WorkerPhase, WorkerView, study_progress
 from search.launch.plan import GPU_VARIABLE, LaunchPlan, Seat
-from search.ledger import Ledger, TicketState
+from search.ledger import Ledger
 from search.paths import RUNS_DIR_VARIABLE, StudyFolder
 from yolocore.host import WORKERS_VARIABLE
 
@@ -442,8 +442,7 @@ class RayLauncher:
         timeout = self._plan.timeout
         if timeout is not None and time.monotonic() - self._started > timeout:
             return True
-        counts = self._ledger.counts(self._plan.folder.study)
-        return self._is_stopped() or not counts[TicketState.WAITING] + counts[TicketState.RUNNING]
+        return self._is_stopped() or not any(self._ledger.open_counts(self._plan.folder.study).values())
 
     def _spare_those_without_room(self) -> None:
         """Workers that wait for room need not come where nothing is left to do; otherwise says what they wait for."""
@@ -481,8 +480,7 @@ class RayLauncher:
 
     def _hand_back(self, names: set[str]) -> None:
         """Frees what workers held that had to be killed; they were asked to end, so no trial is charged."""
-        tickets = self._ledger.tickets(self._plan.folder.study) if names else ()
-        self._ledger.hand_back(t for t in tickets if t.worker in names and t.state is TicketState.RUNNING)
+        self._ledger.hand_back(self._ledger.held_by(names))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from search.errors import LeaseLostError, SearchError, UserInputError
 from search.ledger import EpochRow, Ticket, TicketState
 from search.settings import ObjectiveConfig
 from search.space import hyperparameters
-from search.study import mirror_report, should_prune, tell, trial_value
+from search.study import mirror_reports, should_prune, tell, trial_value
 from search.worker.context import WorkerContext
 from search.worker.lease import LeaseKeeper
 from search.worker.messages import (
@@ -172,7 +172,7 @@ class PackRun:
             metrics = epoch_metrics(report)
             value = objective_value(self._config.objective, metrics, self._context.class_names)
             row = self._ledger.record_epoch(ticket, report.epoch, value, metrics, time.time())
-            mirror_report(self._context.study, trial_id_of(ticket), row)
+            mirror_reports(self._context.study, trial_id_of(ticket), [row])
 
     def _judge(self, ticket: Ticket, report: EpochReport) -> None:
         """Ends the trial, or lets it go on."""

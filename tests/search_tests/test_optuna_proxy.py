@@ -24,7 +24,7 @@ from search.study import (
     ask,
     create_study,
     load_study,
-    mirror_report,
+    mirror_reports,
     open_storage,
     open_worker_storage,
     should_prune,
@@ -83,14 +83,14 @@ def test_study_through_the_proxy_asks_prunes_and_tells_also_after_its_restart(
         study = load_study(CONFIG, storage)
         base = study.trials[0]
         Row.value = 0.9
-        mirror_report(study, base._trial_id, Row())
+        mirror_reports(study, base._trial_id, [Row()])
         tell(study, base._trial_id, "COMPLETE", 0.9)
         asked = ask(study, CONFIG, 1, linked=())
         assert (asked.number, study.trials[1].params) == (1, asked.params)
         assert ask(study, CONFIG, 1, linked=()) == asked
 
     Row.value = 0.1
-    reporting = threading.Thread(target=mirror_report, args=(study, asked.trial_id, Row()))
+    reporting = threading.Thread(target=mirror_reports, args=(study, asked.trial_id, [Row()]))
     reporting.start()  # nobody answers now
     time.sleep(1)
     with proxy(storage_url, port):

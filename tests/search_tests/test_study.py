@@ -256,10 +256,10 @@ def test_mirror_reports_repeated_changes_nothing(storage_url: str) -> None:
     config = study_config()
     study, base = start(config, open_storage(storage_url))
 
-    assert mirror_reports(study, base.trial_id, rows(0.1, 0.2, None, math.nan, 0.4)) == 3
-    assert mirror_reports(study, base.trial_id, rows(0.1, 0.2, None, math.nan, 0.4)) == 0
-    assert mirror_reports(study, base.trial_id, rows(0.1, 0.2, None, math.nan, 0.4, 0.5)) == 1
-
+    mirror_reports(study, base.trial_id, rows(0.1, 0.2, None, math.nan, 0.4))
+    mirror_reports(study, base.trial_id, rows(0.1, 0.2, None, math.nan, 0.4))
+    assert stored(study, base.trial_id).intermediate_values == {1: 0.1, 2: 0.2, 5: 0.4}
+    mirror_reports(study, base.trial_id, rows(0.1, 0.2, None, math.nan, 0.4, 0.5))
     assert stored(study, base.trial_id).intermediate_values == {1: 0.1, 2: 0.2, 5: 0.4, 6: 0.5}
 
 
@@ -267,7 +267,7 @@ def test_mirror_reports_finished_trial_stays_as_it_is(storage: optuna.storages.R
     study, base = start(study_config(), storage)
     tell(study, base.trial_id, "COMPLETE", 0.5)
 
-    assert mirror_reports(study, base.trial_id, rows(0.1)) == 0
+    mirror_reports(study, base.trial_id, rows(0.1))
     assert stored(study, base.trial_id).intermediate_values == {}
 
 
@@ -501,7 +501,7 @@ def test_every_call_survives_a_connection_cut_before_any_of_its_statements(postg
         asked[ticket] = ask(study, config, ticket, linked={trial.trial_id for trial in asked.values()})
 
     cut_asks = cutter.each(ask_next, stride)
-    cut_reports = cutter.each(lambda epoch: mirror_reports(study, base.trial_id, [Row(epoch - 1, 0.1)]) and None)
+    cut_reports = cutter.each(lambda epoch: mirror_reports(study, base.trial_id, [Row(epoch - 1, 0.1)]))
     cutter.left = 3
     assert not should_prune(study, config, base.trial_id, 1)
     tickets = iter(asked.values())
@@ -510,8 +510,8 @@ def test_every_call_survives_a_connection_cut_before_any_of_its_statements(postg
         tell(study, trial.trial_id, "COMPLETE", 0.5)
 
     trials = load_study(config, open_storage(postgres_url)).trials
-    assert cut_asks * stride >= 20
-    assert cut_reports >= 4
+    assert cut_asks * stride >= 10
+    assert cut_reports >= 3
     assert cut_tells >= 2
     assert [trial.number for trial in trials] == [asked[ticket].number for ticket in range(cut_asks + 2)]
     assert {trial.state for trial in trials} == {TrialState.COMPLETE}
