@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import logging
 import sys
+import traceback
 from pathlib import Path
+from types import TracebackType
 from typing import Annotated
 
 import typer
 from rich.logging import RichHandler
 
-from search import cli_data, cli_launch, cli_studies
+from search import cli_data, cli_doctor, cli_launch, cli_studies
 from search.cli_common import (
     AsJson,
     MoreTrials,
@@ -36,7 +38,7 @@ from search.cli_common import (
 from search.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, SearchError
 from search.launch.mlflow_ui import DEFAULT_HOST, MlflowUi
 from search.report import live_view, trials_table
-from search.tracking import default_tracking_uri, open_tracker
+from search.tracking import default_tracking_uri, mask_secrets, open_tracker
 from yolocore.errors import InputError, YolocoreError
 
 app = typer.Typer(
@@ -49,10 +51,23 @@ app = typer.Typer(
 )
 
 
+class _MaskingHandler(RichHandler):
+    """Log records on standard error, their tracebacks too, without passwords."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return mask_secrets(super().format(record))
+
+
+def _print_masked(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """What nobody has caught, without the passwords that its text may hold."""
+    sys.stderr.write(mask_secrets("".join(traceback.format_exception(kind, error, trace))))
+
+
 def main() -> None:
     """Entry point: an exit code for each way to end, and no traceback for what the user can mend."""
-    handler = RichHandler(console=err, show_path=False, markup=False)
+    handler = _MaskingHandler(console=err, show_path=False, markup=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    sys.excepthook = _print_masked
     try:
         app()
     except SearchError as error:
@@ -180,3 +195,4 @@ def ui(
 
 app.add_typer(cli_studies.app)
 app.add_typer(cli_data.app)
+app.add_typer(cli_doctor.app)

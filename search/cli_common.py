@@ -48,6 +48,10 @@ Checkpoints = Annotated[
         help="Checkpoints, where all workers of the study see them; default the runs folder.",
     ),
 ]
+Data = Annotated[
+    Path | None,
+    typer.Option(help="The data set's YAML, where it lies elsewhere on this host; see also $YOLOSEARCH_DATA_ROOT."),
+]
 
 
 def runs_folder(runs_dir: Path | None) -> Path:

@@ -20,6 +20,7 @@ import typer
 from search.cli_common import (
     AsJson,
     Checkpoints,
+    Data,
     MoreTrials,
     RunsDir,
     Storage,
@@ -58,10 +59,6 @@ if TYPE_CHECKING:
 Hang = Annotated[float, typer.Option(min=1, help="Seconds after which a silent trainer is killed.")]
 Lease = Annotated[float, typer.Option(min=1, help="Seconds after which a silent worker loses its trials.")]
 StopSeconds = Annotated[float, typer.Option(min=0, help="Seconds to end in when asked to by a signal.")]
-Data = Annotated[
-    Path | None,
-    typer.Option(help="The data set's YAML, where it lies elsewhere on this host; see also $YOLOSEARCH_DATA_ROOT."),
-]
 Timeout = Annotated[
     float | None, typer.Option(help="Seconds after which no new trial is claimed; default the study's.")
 ]

@@ -37,7 +37,8 @@ READ_ONLY = {"yolosearch_begin": "DEFERRED"}
 
 _STUDY_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 _URL_PASSWORD = re.compile(r"(\w://[^:/@\s]*:)[^\s]*(@)")
-_KEY_PASSWORD = re.compile(r"\b(password|sslpassword)=('[^']*'|[^\s&'\"]+)", re.IGNORECASE)
+_SECRET_KEYS = "password|sslpassword|token|access_token|secret|api_key"
+_KEY_PASSWORD = re.compile(rf"\b({_SECRET_KEYS})=('[^']*'|[^\s&'\"]+)", re.IGNORECASE)
 _ALLOWED_URLS = "sqlite:///PATH or postgresql://USER@HOST/DATABASE"
 
 T = TypeVar("T")
@@ -380,11 +381,16 @@ def _first_line(error: BaseException) -> str:
     return mask_url(lines[0].strip()) if lines else type(error).__name__
 
 
+_HOPELESS = ("authentication failed", "no password", "no pg_hba.conf entry", "certificate", "does not support SSL")
+"""In a refusal that waiting cannot mend: the server is there."""
+
+
 def wait_until_ready(url: str | URL, timeout: float = 30.0) -> None:
     """Returns as soon as the database answers a query.
 
     Raises:
-        DatabaseError: it did not within `timeout` seconds, or the password is wrong (which waiting cannot mend).
+        DatabaseError: it did not within `timeout` seconds, or the password or a certificate is wrong (which waiting
+            cannot mend).
     """
     engine = make_engine(url, pooled=False)
     deadline = time.monotonic() + timeout
@@ -395,7 +401,7 @@ def wait_until_ready(url: str | URL, timeout: float = 30.0) -> None:
             return
         except DBAPIError as error:
             reason = _first_line(error.orig or error)
-            hopeless = not is_transient(error) or "authentication failed" in reason or "no password" in reason
+            hopeless = not is_transient(error) or any(word in reason for word in _HOPELESS)
             if hopeless:
                 raise DatabaseError(f"{mask_url(url)}: {reason}") from None
             if time.monotonic() >= deadline:

@@ -6,12 +6,39 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from search.errors import UserInputError
+
 RUNS_DIR_VARIABLE = "YOLOSEARCH_RUNS_DIR"
+DATA_ROOT_VARIABLE = "YOLOSEARCH_DATA_ROOT"
 
 
 def default_runs_dir() -> Path:
     """The folder for everything that is written: `YOLOSEARCH_RUNS_DIR` where set, otherwise `runs`."""
     return Path(os.environ.get(RUNS_DIR_VARIABLE) or "runs")
+
+
+def data_on_this_host(data: Path) -> Path:
+    """Where the YAML of a study's data set lies on this host.
+
+    With `YOLOSEARCH_DATA_ROOT` it is looked for below that folder under the longest end of its path that exists there:
+    `/data/sets/pets/pets.yaml` as `ROOT/data/sets/pets/pets.yaml`, `ROOT/sets/pets/pets.yaml` and so on, then where the
+    study says. Whether it is the study's data is for the caller to check, by the fingerprint.
+
+    Raises:
+        UserInputError: The variable is set and the file is in none of these places.
+    """
+    root = os.environ.get(DATA_ROOT_VARIABLE)
+    if not root:
+        return data
+    ends = [Path(*data.parts[start:]) for start in range(1, len(data.parts))]
+    found = next((Path(root) / end for end in ends if (Path(root) / end).is_file()), None)
+    if found is None and not data.is_file():
+        example = Path(root) / data.parent.name / data.name
+        raise UserInputError(
+            f"{DATA_ROOT_VARIABLE}: {root} holds nothing of the study's data {data}; "
+            f"allowed: a folder that holds an end of that path, for example {example}"
+        )
+    return (found or data).resolve()
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit, urlunsplit
+from urllib.request import urlopen
 
 from search.database import make_engine, mask_url, named_lock, same_schema, schema_owner, sqlite_path
 from search.errors import DatabaseError, SearchError, UserInputError
@@ -33,7 +34,13 @@ from search.errors import DatabaseError, SearchError, UserInputError
 logger = logging.getLogger(__name__)
 
 TRACKING_URI_VARIABLE = "MLFLOW_TRACKING_URI"
-SECRET_VARIABLES = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "PGPASSWORD")
+SECRET_VARIABLES = (
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "MLFLOW_TRACKING_PASSWORD",
+    "MLFLOW_TRACKING_TOKEN",
+    "PGPASSWORD",
+)
 STUDY_TAG = "yolosearch.study"
 TICKET_TAG = "yolosearch.ticket"
 KIND_TAG = "yolosearch.kind"
@@ -81,6 +88,10 @@ class TrackingError(SearchError):
 
 class TrackingUnavailableError(TrackingError):
     """The tracking store cannot be reached now; the same call may succeed later."""
+
+
+class TrackingLoginError(TrackingError):
+    """The MLflow server refuses user and password. Training goes on; the records are completed once they are right."""
 
 
 class TrackingConfigError(TrackingError, UserInputError):
@@ -284,6 +295,39 @@ def prepare_store(uri: str, artifact_root: Path) -> None:
         _load_mlflow()
         with _tracking_errors(uri, "create the tracking store"), named_lock(uri, "init", INIT_LOCK_SECONDS):
             _create_sqlite_store(path, artifact_root)
+
+
+def probe_store(uri: str) -> str:
+    """Asks the store for an experiment, as a worker with the same environment would; creates nothing.
+
+    Returns:
+        What it is, with the version of a server.
+
+    Raises:
+        TrackingError: it cannot be reached, refuses the login, or is no store of MLflow's.
+    """
+    uri = checked_tracking_uri(uri)
+    path = _sqlite_file(uri)
+    if path is not None and not path.exists():
+        return f"{path}, made by the first worker"
+    if path is not None or uri.startswith("postgresql"):
+        with _tracking_errors(uri, "be opened"):
+            _refuse_foreign_tables(uri)
+            owner = schema_owner(make_engine(uri, create=False, pooled=False))
+        return f"{mask_secrets(uri)}, {'empty' if owner == 'empty' else 'with the tables of MLflow'}"
+    client = _load_mlflow().tracking.client.MlflowClient(tracking_uri=uri)
+    with _tracking_errors(uri, "list experiments"):
+        client.search_experiments(max_results=1)
+    return f"{mask_secrets(uri)}{_server_version(uri)}"
+
+
+def _server_version(uri: str) -> str:
+    """For example ` (MLflow 3.17.2)`; empty where the server does not tell."""
+    if not is_server(uri):
+        return ""
+    with contextlib.suppress(OSError, ValueError), urlopen(f"{uri.rstrip('/')}/version", timeout=10) as answer:
+        return f" (MLflow {answer.read(40).decode()})"
+    return ""
 
 
 class NullTracker:
@@ -615,6 +659,9 @@ def _tracking_errors(uri: str, action: str) -> Iterator[None]:
         raise
     except Exception as error:
         reason = mask_secrets(" ".join(str(error).split()))[:400] or type(error).__name__
+        if "error code 401" in reason:
+            remedy = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD to a user that it knows"
+            raise TrackingLoginError(f"MLflow at {mask_secrets(uri)} refuses the login (401): {remedy}") from None
         if "Max retries exceeded" in reason:
             reason = "no connection"
         kind = TrackingUnavailableError if _is_outage(error) else TrackingError

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from search.config import StudyConfig, check_objective, require_resumable
-from search.database import init_lock, make_engine, mask_url
+from search.database import init_lock, make_engine, mask_url, sqlite_path
 from search.errors import StudyConfigError, StudyConflictError, UnknownStudyError
 from search.ledger import Ledger, StudyRecord
 from search.paths import StudyFolder
@@ -72,7 +72,7 @@ class StudyPlan:
             ("objective", config.objective.describe()),
             ("trials", f"{config.trials}, sampler {config.sampler.name}, pruner {config.pruner.name}"),
             *space,
-            ("database", mask_url(self.storage_url)),
+            ("database", f"{mask_url(self.storage_url)}{self._database_note()}"),
         ]
 
     def _start(self) -> str:
@@ -99,6 +99,10 @@ class StudyPlan:
         return (
             text if fit.bpr > ENOUGH_RECALL else f"{text}: AutoAnchor looks for better ones when the study is created"
         )
+
+    def _database_note(self) -> str:
+        # A file's locks, and a lease on this host's clock, do not reach other hosts.
+        return " (for workers of this host only)" if sqlite_path(self.storage_url) is not None else ""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for `--json`; no password in it."""

@@ -41,10 +41,10 @@ def check_schema(engine: Engine) -> None:
     """
     refuse_foreign_schema(engine)
     with database_errors(engine.url):
-        revision = _revision(engine)
+        revision = stored_revision(engine)
     if revision is None:
         raise DatabaseError(f"{mask_url(engine.url)} holds no study yet; `yolosearch run` makes one")
-    if revision != _known()[0]:
+    if revision != known_revisions()[0]:
         raise DatabaseError(
             f"{mask_url(engine.url)} has the ledger schema {revision} of an older yolosearch; "
             "`yolosearch run` or `yolosearch worker` upgrades it"
@@ -53,16 +53,16 @@ def check_schema(engine: Engine) -> None:
 
 def _is_current(engine: Engine) -> bool:
     """Whether the schema is this version's; raises for one that this version does not know."""
-    return _revision(engine) == _known()[0]
+    return stored_revision(engine) == known_revisions()[0]
 
 
-def _known() -> list[str]:
+def known_revisions() -> list[str]:
     """The revisions of this version, newest first."""
     script = ScriptDirectory.from_config(_config())
     return [entry.revision for entry in script.walk_revisions()]
 
 
-def _revision(engine: Engine) -> str | None:
+def stored_revision(engine: Engine) -> str | None:
     """The schema's revision, None if there is none yet; raises for one that this version does not know."""
     with engine.connect().execution_options(**READ_ONLY) as connection:
         tables = set(sa.inspect(connection).get_table_names())
@@ -72,7 +72,7 @@ def _revision(engine: Engine) -> str | None:
         revision: str | None = connection.execute(
             sa.text(f"SELECT version_num FROM {VERSION_TABLE}")
         ).scalar_one_or_none()
-    known = _known()
+    known = known_revisions()
     if revision is not None and revision not in known:
         raise DatabaseError(
             f"{mask_url(engine.url)} has the ledger schema {revision}, made by a newer yolosearch; "

@@ -18,7 +18,7 @@ from search.config import StudyConfig
 from search.demo import write_digits
 from search.errors import SearchError, StudyConflictError
 from search.ledger import Ledger, StudyRecord
-from search.paths import StudyFolder
+from search.paths import StudyFolder, data_on_this_host
 from search.prepared import Prepared
 from search.study import load_study, open_worker_storage, warm_up
 from search.tracking import Tracker, default_tracking_uri, open_tracker, refuse_studys_database
@@ -86,9 +86,9 @@ def versions() -> dict[str, str]:
 
 
 def data_yaml(config: StudyConfig, runs_dir: Path) -> Path:
-    """The study's data set YAML; a built-in data set is written first where it is missing."""
+    """The study's data set YAML on this host; a built-in data set is written first where it is missing."""
     path = config.data_path(runs_dir)
-    return path if config.builtin_data is None else write_digits(path.parent)
+    return data_on_this_host(path) if config.builtin_data is None else write_digits(path.parent)
 
 
 def run_worker(options: WorkerOptions) -> WorkerOutcome:

@@ -18,13 +18,13 @@ from test_config import BROKEN as BROKEN_STUDIES
 from test_config import GOOD
 from tiny import NAME, TinyStudy, make_study, wait_for
 
-from search import cli_launch, cli_studies
+from search import cli_doctor, cli_launch, cli_studies
 from search.cli import app, main
 from search.ledger import TicketState, WorkerState
 from yolocore.hyperparameters import Hyperparameters
 
 COMMANDS = ["check", "create", "run", "launch", "worker", "status", "trials", "export", "ui"]
-COMMANDS += ["list", "clone", "retry", "clean", "delete"]
+COMMANDS += ["doctor", "list", "clone", "retry", "clean", "delete"]
 
 
 class Result(NamedTuple):
@@ -72,7 +72,7 @@ def test_help_names_every_command(yolosearch: Command) -> None:
     result = yolosearch("--help")
 
     assert result.code == 0
-    apps = (app, cli_launch.app, cli_studies.app)
+    apps = (app, cli_doctor.app, cli_launch.app, cli_studies.app)
     registered = [command for part in apps for command in part.registered_commands]
     names = sorted(info.name or info.callback.__name__ for info in registered if info.callback)
     assert names == sorted(COMMANDS)
@@ -87,7 +87,7 @@ def test_help_of_every_command_has_an_example(yolosearch: Command, command: str)
     assert re.search(rf"Example: .*yolosearch {command}\b", result.out)
 
 
-@pytest.mark.parametrize("command", ["status", "trials", "check", "run", "launch", "export", "list", "clean", "delete"])
+@pytest.mark.parametrize("command", sorted({*COMMANDS} - {"create", "worker", "ui", "clone", "retry"}))
 def test_help_json_is_offered(yolosearch: Command, command: str) -> None:
     assert "--json" in yolosearch(command, "--help").out
 
@@ -324,6 +324,24 @@ def test_export_writes_the_best_trial(yolosearch: Command, make: Callable[..., T
     assert Hyperparameters.from_yaml(Path(told["path"])).box == 0.05
     assert named.out == f"best hyp: {study.folder}/mine.yaml\n"
     assert Hyperparameters.from_yaml(study.folder / "mine.yaml").mosaic == 0
+
+
+def test_doctor_prints_lines_or_json_and_exit_1_if_anything_fails(
+    yolosearch: Command, make: Callable[..., TinyStudy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = make()
+    study.create()
+    where = ("--runs-dir", study.runs)
+
+    text, told = yolosearch("doctor", NAME, *where), yolosearch("doctor", NAME, *where, "--json")
+    monkeypatch.setenv("YOLOSEARCH_DATA_ROOT", str(study.folder / "nowhere"))
+    study.data.unlink()
+    failed = yolosearch("doctor", NAME, *where)
+
+    assert (text.code, told.code, failed.code) == (0, 0, 1)
+    assert re.search(r"^ok   study            tiny: 3 waiting$", text.out, re.MULTILINE)
+    assert {"level", "name", "detail", "remedy"} == set(json.loads(told.out)[0])
+    assert re.search(r"^fail data +YOLOSEARCH_DATA_ROOT: .*/nowhere holds nothing of ", failed.out, re.MULTILINE)
 
 
 # ---- run -------------------------------------------------------------------------------------------------------------

@@ -59,6 +59,11 @@ class Terminal:
     def text(self) -> str:
         return self._written.decode()
 
+    @property
+    def plain(self) -> str:
+        """Without colours and movements of the cursor."""
+        return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", self.text)
+
     def end(self, seconds: float) -> int:
         code = self.process.wait(seconds)
         self._reader.join(10)
@@ -112,7 +117,7 @@ def test_launch_ctrl_c_hands_back_and_leaves_the_terminal_clean(make: Callable[.
     study = make(trials=2, train={"epochs": 400})
     study.create()
     with on_terminal(study, "--stop-seconds", "10") as terminal:
-        wait_for(lambda: is_training(study) and " trains " in terminal.text, terminal.process)
+        wait_for(lambda: is_training(study) and " trains " in terminal.plain, terminal.process)
         terminal.process.send_signal(signal.SIGINT)
         began = time.monotonic()
         code = terminal.end(30)
@@ -124,8 +129,8 @@ def test_launch_ctrl_c_hands_back_and_leaves_the_terminal_clean(make: Callable[.
     assert "stopping: running trials are handed back" in text
     assert "Traceback" not in text
     assert text.rindex(SHOW_CURSOR) > text.rindex(HIDE_CURSOR)
-    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text[: text.index("stopping:")])
-    assert max(map(len, re.split(r"[\r\n]+", plain))) <= 80
+    table = terminal.plain[: terminal.plain.index("stopping:")]
+    assert max(map(len, re.split(r"[\r\n]+", table))) <= 80
 
 
 @pytest.mark.slow
@@ -176,7 +181,7 @@ def test_launch_killed_worker_is_shown_replaced_and_its_trials_go_on(make: Calla
         os.kill(study.ledger.workers(NAME)[0].pid, signal.SIGKILL)
         # At once: the lease is 300 s.
         wait_for(lambda: [ticket.attempt for ticket in study.tickets()] == [2, 2], terminal.process, seconds=60)
-        wait_for(lambda: re.search(r"cpu +trains +1 +0-1 ", terminal.text) is not None, terminal.process)
+        wait_for(lambda: re.search(r"cpu +trains +1 +0-1 ", terminal.plain) is not None, terminal.process)
         terminal.process.send_signal(signal.SIGTERM)
         assert terminal.end(30) == 130
 
