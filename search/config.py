@@ -600,6 +600,8 @@ def _check_train(config: StudyConfig) -> Iterator[Problem]:
     train = config.train
     if train.eval_every > train.epochs:
         yield Problem("train.eval_every", f"got {train.eval_every}", f"1 to train.epochs ({train.epochs})")
+    if train.rect and train.image_weights:
+        yield Problem("train.rect", "got true with train.image_weights, which draws images anew", "one of the two")
 
 
 def _check_space(config: StudyConfig) -> Iterator[Problem]:

@@ -152,6 +152,8 @@ class TrainSettings(Section):
     """Batches of images of like shape, letterboxed as little as possible; no mosaic and no shuffling."""
     single_cls: StrictBool = False
     """Train as if all labels were of one class."""
+    image_weights: StrictBool = False
+    """Draw images by how rare and how badly detected their classes are; trials then train one at a time."""
     autoanchor: StrictBool = True
     """When the study is created, replace the anchors if they do not fit the labels; all trials use the same."""
     freeze: Annotated[Whole, Field(ge=0, le=24)] = 0

@@ -78,5 +78,5 @@ def hyperparameters(base: Hyperparameters, params: Mapping[str, float]) -> Hyper
 
 
 def pack_limit(config: StudyConfig) -> int:
-    """How many trials may share a pack: one if the search changes images or assignment, which a pack's slots share."""
-    return 1 if shared_keys(config) else config.train.pack
+    """How many trials may share a pack: one if their images or their assignment differ, which a pack's slots share."""
+    return 1 if shared_keys(config) or config.train.image_weights else config.train.pack

@@ -177,7 +177,9 @@ def _labelled_classes(split: Split) -> list[int]:
 
 def _notices(config: StudyConfig, dataset: DatasetConfig, splits: dict[str, Split]) -> Iterator[str]:
     """What a user should know before hours are spent."""
-    if pack_limit(config) < config.train.pack:
+    if config.train.image_weights and config.train.pack > 1:
+        yield "train.image_weights: which images are drawn depends on the model, so trials train one at a time"
+    elif pack_limit(config) < config.train.pack:
         yield "space: a searched key changes the images or the matching of targets, so trials train one at a time"
     if dataset.num_classes == 1 and {"cls", "cls_pw"} & set(config.space):
         yield "space: cls and cls_pw do nothing with one class"

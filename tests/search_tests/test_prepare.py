@@ -53,6 +53,15 @@ def test_plan_study_key_that_a_pack_shares_is_told(make: Callable[..., TinyStudy
     assert any("trials train one at a time" in notice for notice in plan.notices)
 
 
+def test_plan_study_image_weights_train_one_trial_at_a_time(make: Callable[..., TinyStudy]) -> None:
+    study = make(train={"image_weights": True})
+
+    plan = plan_study(study.config, study.storage_url, study.runs)
+
+    assert plan.pack == 1
+    assert any(notice.startswith("train.image_weights: which images") for notice in plan.notices)
+
+
 def test_plan_study_class_without_training_labels_is_told(make: Callable[..., TinyStudy]) -> None:
     study = make()
     for path in (study.data.parent / "labels" / "train").iterdir():

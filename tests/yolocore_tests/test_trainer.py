@@ -260,6 +260,29 @@ def test_multi_scale_trains_at_other_sizes_and_resumes_identically(config, data)
     assert [curve(r) for r in again.run_epoch()] == [curve(r) for r in through.run_epoch()]
 
 
+def test_image_weights_follow_the_class_map_and_resume_identically(config, data) -> None:
+    weighted = replace(config, image_weights=True)
+    through = PackTrainer(weighted, starts(1), data=data)
+    first = through.run_epoch()
+    state = through.slot_state("t0")
+    assert first[0].metrics is not None
+    assert state["class_map"] == [first[0].metrics.class_ap.get(index, first[0].metrics.map) for index in range(2)]
+    assert first[0].train_box != PackTrainer(config, starts(1), data=data).run_epoch()[0].train_box
+    again = PackTrainer(weighted, [SlotStart("t0", HYPS[0], state)], data=data)
+    forgetful = PackTrainer(weighted, [SlotStart("t0", HYPS[0], {**state, "class_map": [0.0, 0.99]})], data=data)
+    expected = [curve(report) for report in through.run_epoch()]
+    assert [curve(report) for report in again.run_epoch()] == expected
+    assert [curve(report) for report in forgetful.run_epoch()] != expected
+
+
+def test_image_weights_in_a_pack_raise(config, data) -> None:
+    weighted = replace(config, image_weights=True)
+    with pytest.raises(TrainingError, match="image_weights: the images depend on the model, so a pack has one slot"):
+        PackTrainer(weighted, starts(2), data=data)
+    with pytest.raises(TrainingError, match="a pack has one slot, not 2"):
+        PackTrainer(weighted, starts(1), data=data).add(starts(2)[1:])
+
+
 def test_weights_file_is_where_every_slot_starts(config, data, tmp_path) -> None:
     file = tmp_path / "start.safetensors"
     given = initial_state("n", 5, seed=99)  # other classes: the head does not fit and stays fresh

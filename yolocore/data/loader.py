@@ -12,7 +12,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -39,6 +39,7 @@ from yolocore.data.augment import (
 )
 from yolocore.data.dataset import LabelledImage, Split
 from yolocore.data.images import read_image
+from yolocore.data.sampling import draw_images, image_weights
 from yolocore.errors import DatasetError
 from yolocore.host import CACHE_VARIABLE, cache_folder, cached_file, memory_share, use_short_socket_folder
 
@@ -166,6 +167,10 @@ class ImageCache:
             return self._slot(self._pixels, index)
         return self._load(index)
 
+    def labels(self) -> list[Float32Array]:
+        """The labels of every image."""
+        return [item.labels for item in self._images]
+
     def labelled(self, index: int) -> LoadedImage:
         """An image with its labels.
 
@@ -264,23 +269,52 @@ class _Source(Protocol):
     def make(self, key: Any) -> Batch: ...
 
 
+@dataclass(frozen=True, slots=True)
+class _Epoch:
+    """What the batches of a training epoch have in common."""
+
+    number: int
+    class_weights: tuple[float, ...] | None = None
+    """With image weights: by which the images of the epoch are drawn."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _TrainSource:
     cache: ImageCache
     settings: AugmentSettings
     image_size: int
     stream_seed: int
+    drawn: "dict[_Epoch, list[int]]" = field(default_factory=dict)
+    """The images of the last weighted epoch."""
 
-    def make(self, key: "tuple[int, PlannedBatch]") -> Batch:
+    def make(self, key: "tuple[_Epoch, PlannedBatch]") -> Batch:
         epoch, batch = key
-        samples = [self.sample(epoch, row, batch.shape) for row in batch.index]
+        rows = self.rows(epoch)
+        samples = [self.sample(epoch.number, rows, place, batch.shape) for place in batch.index]
         images = torch.from_numpy(np.stack([image for image, _ in samples]))
-        return Batch(images=images, targets=pad_targets([labels for _, labels in samples]), index=batch.index)
+        index = tuple(rows[place] for place in batch.index)
+        return Batch(images=images, targets=pad_targets([labels for _, labels in samples]), index=index)
 
-    def sample(self, epoch: int, row: int, shape: tuple[int, int]) -> tuple[UInt8Array, Float32Array]:
-        rng = sample_generator(self.stream_seed, epoch, row)
-        draw = draw_sample(self.settings, row, len(self.cache), self.image_size, rng)
-        return training_sample(self.cache.labelled, row, draw, self.settings, shape)
+    def rows(self, epoch: _Epoch) -> Sequence[int]:
+        """The split's images as this epoch sees it, by place: all of them, or a weighted draw with replacement.
+
+        Worker processes draw for themselves: a few numbers travel to them, and no list of images.
+        """
+        if epoch.class_weights is None:
+            return range(len(self.cache))
+        if epoch not in self.drawn:
+            weights = image_weights(self.cache.labels(), np.array(epoch.class_weights))
+            self.drawn.clear()
+            self.drawn[epoch] = draw_images(weights, sample_generator(self.stream_seed, epoch.number, -1))
+        return self.drawn[epoch]
+
+    def sample(
+        self, epoch: int, rows: Sequence[int], place: int, shape: tuple[int, int]
+    ) -> tuple[UInt8Array, Float32Array]:
+        # By place: an image that was drawn twice is augmented in two ways, and mosaics are made of what was drawn.
+        rng = sample_generator(self.stream_seed, epoch, place)
+        draw = draw_sample(self.settings, place, len(rows), self.image_size, rng)
+        return training_sample(lambda other: self.cache.labelled(rows[other]), place, draw, self.settings, shape)
 
 
 def sample_generator(stream_seed: int, epoch: int, index: int) -> np.random.Generator:
@@ -520,11 +554,12 @@ class TrainLoader:
         """Batches per epoch."""
         return -(-len(self.images) // self.batch_size)
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
+    def epoch(self, epoch: int, class_weights: Sequence[float] | None = None) -> Iterator[Batch]:
         """The batches of one epoch.
 
         Args:
             epoch: From 0; epochs may be asked for in any order, one at a time.
+            class_weights: [C]; the epoch's images are then drawn with replacement, each by the sum over its labels.
 
         Returns:
             `len(self)` batches.
@@ -532,10 +567,13 @@ class TrainLoader:
         Raises:
             DatasetError: An image cannot be read (while iterating).
         """
-        return self._pipeline.run([(epoch, batch) for batch in self._rect or self._shuffled(epoch)])
+        shared = _Epoch(epoch, None if class_weights is None else tuple(class_weights))
+        return self._pipeline.run([(shared, batch) for batch in self._rect or self._shuffled(shared)])
 
-    def _shuffled(self, epoch: int) -> list[PlannedBatch]:
-        rows = sample_generator(self._source.stream_seed, epoch, -1).permutation(len(self.images)).tolist()
+    def _shuffled(self, epoch: _Epoch) -> list[PlannedBatch]:
+        rows = list(range(len(self.images)))
+        if epoch.class_weights is None:  # else what stands at each place is random
+            rows = sample_generator(self._source.stream_seed, epoch.number, -1).permutation(len(rows)).tolist()
         shape = (self._source.image_size, self._source.image_size)
         starts = range(0, len(rows), self.batch_size)
         return [PlannedBatch(tuple(rows[at : at + self.batch_size]), shape) for at in starts]

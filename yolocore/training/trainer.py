@@ -5,12 +5,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from yolocore.data.augment import AugmentSettings
 from yolocore.data.dataset import load_dataset_config, scan_split
 from yolocore.data.loader import Batch, TrainLoader, ValLoader
+from yolocore.data.sampling import class_weights
 from yolocore.device import resolve_device, resolve_precision
 from yolocore.errors import TrainingError
 from yolocore.evaluate import evaluate
@@ -27,6 +29,9 @@ VALIDATION_BATCH_FACTOR = 2
 
 STREAM_EPOCH = "stream_epoch"
 """Key of a slot's state: the epoch of the image stream that its pack would train on next."""
+
+CLASS_MAP = "class_map"
+"""Where the state of a slot has its last mAP of every class, by which image weights draw."""
 
 FAILURE_CHECK_BATCHES = 50
 """How often the host asks whether any slot is left; each time it waits for the device."""
@@ -166,11 +171,13 @@ class PackTrainer:
         self._on_batch = on_batch
         self._on_evaluation_batch = on_evaluation_batch
         check_compatible([start.key for start in starts], [start.hyperparameters for start in starts])
+        self._refuse_pack(len(starts))
         self.data = data or TrainingData.load(config, starts[0].hyperparameters)
         if self.device.type == "cuda":
             # Shapes repeat: let it pick the fastest kernels once. With multi-scale it would measure ever again.
             torch.backends.cudnn.benchmark = not config.multi_scale
         self._fresh: dict[str, Any] | None = None
+        self._class_map: dict[str, tuple[float, ...]] = {}
         self._pack: Pack | None = None
         self._start(starts)
 
@@ -187,11 +194,16 @@ class PackTrainer:
         )
         self._stream_epoch = self._furthest(starts)
 
+    def _refuse_pack(self, slots: int) -> None:
+        if self.config.image_weights and slots > 1:
+            raise TrainingError(f"image_weights: the images depend on the model, so a pack has one slot, not {slots}")
+
     def _furthest(self, starts: Sequence[SlotStart]) -> int:
         """Where the stream goes on so that none of these slots meets an epoch of it again."""
         return max((stream_epoch(start.state, len(self._stream)) for start in starts if start.state), default=0)
 
     def _slots(self, starts: Sequence[SlotStart]) -> list[PackSlot]:
+        self._class_map.update({s.key: tuple(s.state[CLASS_MAP]) for s in starts if s.state and CLASS_MAP in s.state})
         if self._fresh is None and any(start.state is None for start in starts):
             self._fresh = fresh_state(start_weights(self.config, self.data.num_classes).state)
         return [
@@ -263,13 +275,23 @@ class PackTrainer:
         pack.begin_epoch()
         count = len(self._stream)
         sizes = batch_sizes(self.config, self._stream_epoch, count)
-        for done, batch in enumerate(self._stream.epoch(self._stream_epoch), start=1):
+        for done, batch in enumerate(self._stream.epoch(self._stream_epoch, self._class_weights()), start=1):
             pack.train_step(batch.images, batch.targets, sizes[done - 1])
             if self._on_batch:
                 self._on_batch(done, count)
             if done % FAILURE_CHECK_BATCHES == 0 and pack.all_failed():
                 break
         return pack.end_epoch()
+
+    def _class_weights(self) -> tuple[float, ...] | None:
+        """With image weights: of rare classes, and of those that the last evaluation found badly detected."""
+        if not self.config.image_weights:
+            return None
+        (key,) = self.active
+        classes = self.data.num_classes
+        found = np.array(self._class_map.get(key, (0.0,) * classes))
+        weights: list[float] = (class_weights(self._stream.images.labels(), classes) * (1 - found) ** 2).tolist()
+        return tuple(weights)
 
     def _evaluate(self) -> dict[str, DetectionMetrics]:
         """One pass over the validation images for all slots that are due, each on its own grid of epochs."""
@@ -286,7 +308,9 @@ class PackTrainer:
             self.device,
             self.precision,
         )
-        return {pack.keys[index]: metrics for index, metrics in zip(due, results, strict=True)}
+        found = {pack.keys[index]: metrics for index, metrics in zip(due, results, strict=True)}
+        self._class_map.update({key: class_map(metrics, self.data.num_classes) for key, metrics in found.items()})
+        return found
 
     def _is_evaluated(self, done: int) -> bool:
         return done % self.config.eval_every == 0 or done == self.config.epochs
@@ -323,6 +347,7 @@ class PackTrainer:
             TrainingError: A key is not in the pack, or the slots do not go together; the pack is then as it was.
         """
         gone = {self._index(key) for key in drop}
+        self._refuse_pack(len(self.active) - len(gone) + len(add))
         pack = self._pack
         if pack is not None and len(gone) < len(pack.keys):
             pack.reshape(drop=sorted(gone), add=self._slots(add))
@@ -335,7 +360,8 @@ class PackTrainer:
     def slot_state(self, key: str) -> dict[str, Any]:
         """Everything a slot needs to go on elsewhere, on the host: plain data and tensors, fit for `save_atomic`."""
         state = _on_host(self._existing().slot_state(self._index(key)))
-        return {**state, STREAM_EPOCH: self._stream_epoch}
+        own = {CLASS_MAP: list(self._class_map[key])} if self.config.image_weights and key in self._class_map else {}
+        return {**state, STREAM_EPOCH: self._stream_epoch, **own}
 
     def slot_weights(self, key: str) -> dict[str, Tensor]:
         """A slot's moving average as an official state dict, float32, on the host."""
@@ -350,6 +376,11 @@ class PackTrainer:
         if key not in self.active:
             raise TrainingError(f"slot {key} is not in the pack; it holds {', '.join(self.active) or 'none'}")
         return self.active.index(key)
+
+
+def class_map(metrics: DetectionMetrics, num_classes: int) -> tuple[float, ...]:
+    """mAP50-95 of every class; the mean over the others for one that has no labels to be judged by."""
+    return tuple(metrics.class_ap.get(index, metrics.map) for index in range(num_classes))
 
 
 def stream_epoch(state: Mapping[str, Any], batches_per_epoch: int) -> int:
