@@ -84,6 +84,7 @@ def is_training(study: TinyStudy) -> bool:
     return [ticket.epochs_done >= 1 for ticket in study.tickets()] == [True, True]
 
 
+@pytest.mark.slow
 def test_launch_two_workers_finish_a_study_by_its_name_and_show_lines(make: Callable[..., TinyStudy]) -> None:
     study = make(trials=2, train={"epochs": 1, "pack": 1})
     study.create()
@@ -100,7 +101,6 @@ def test_launch_two_workers_finish_a_study_by_its_name_and_show_lines(make: Call
     assert len(list((study.runs / NAME / "logs").iterdir())) == 2
 
 
-@pytest.mark.slow
 def test_launch_of_a_file_creates_the_study_and_prints_json_at_the_end(make: Callable[..., TinyStudy]) -> None:
     study = make(trials=1, train={"epochs": 1})
     words = [*map(str, ("python", "-m", "search", "launch", study.file, "--runs-dir", study.runs, "--json"))]
