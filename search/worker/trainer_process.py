@@ -38,7 +38,7 @@ from search.worker.messages import (
     Verdict,
 )
 from yolocore.checkpoint import save_weights
-from yolocore.errors import CheckpointError, InputError, TrainingError
+from yolocore.errors import CheckpointError, InputError, TrainingError, WeightsError, YolocoreError
 from yolocore.training.config import TrainConfig
 from yolocore.training.optim import EarlyStopping
 from yolocore.training.pack import check_state
@@ -141,8 +141,9 @@ class _Trainer:
         except InputError as error:
             return PackCrashed(str(error), fixable=True)
         except Exception as error:
-            logger.exception("a pack of %d trials crashed", len(pack.trials))
-            reason = f"{type(error).__name__}: {error}"
+            reason = str(error) if isinstance(error, YolocoreError) else f"{type(error).__name__}: {error}"
+            if not isinstance(error, YolocoreError):
+                logger.exception("a pack of %d trials crashed", len(pack.trials))
             return PackCrashed(reason, False, out_of_memory=_is_out_of_memory(error), started=self._started)
         return PackEnded()
 
@@ -225,8 +226,12 @@ class _Trainer:
         """Writes the weights of the epoch that gives a trial its value: its last one, or its best one so far."""
         for report in reports:
             if report.metrics is not None and report.failure is None and self._counts(report):
-                path = self._settings.folder.weights(self._trials[report.key].start.number)
-                save_weights(path, trainer.slot_weights(report.key))
+                number = self._trials[report.key].start.number
+                try:
+                    save_weights(self._settings.folder.weights(number), trainer.slot_weights(report.key))
+                except WeightsError as error:
+                    # A full disk ends this trial; the worker, which may have other disks to write to, goes on.
+                    raise CheckpointError(f"trial {number}: its weights are lost: {error}") from None
 
     def _counts(self, report: EpochReport) -> bool:
         assert report.metrics is not None

@@ -44,6 +44,7 @@ from search.launch.mlflow_ui import MlflowUi
 from search.launch.plan import LaunchPlan
 from search.ledger import Ledger, StudyRecord, TicketState
 from search.paths import StudyFolder
+from search.report import study_status
 from search.study import load_study, open_storage
 from search.tracking import open_tracker
 from search.worker.mirror import Mirror, MirrorContext
@@ -346,6 +347,61 @@ def pace(stored: list[float], stopped: float, seconds: float) -> str:
         name = "before" if later < stopped else "during" if later < stopped + seconds else "after"
         spans[name].append(later - earlier)
     return ", ".join(f"{name} {sorted(values)[len(values) // 2]:.2f}" for name, values in spans.items() if values)
+
+
+def test_mlflow_away_and_workers_killed_a_later_process_sends_everything(make: Callable[..., TinyStudy]) -> None:
+    study = make(created=False)
+    server = start_server(study)
+    study.write(trials=2, train={"epochs": 12}, tracking={"enabled": True, "uri": server.address})
+    study.create()
+    ledger = study.ledger
+    first = study.start("worker", "--worker-id", "first")
+    with ended(first):
+        until(lambda: trained(ledger, 3), first)
+        server.stop()
+        goal = ledger_epochs(ledger) + 2
+        until(lambda: trained(ledger, goal), first)
+        signal_all(family(first.pid), signal.SIGKILL)
+        first.wait()
+    # The rest is trained, and the worker ends, while nobody listens.
+    output = finish(study.start("worker", "--worker-id", "second"))
+    assert study.states() == [COMPLETE] * 2
+    assert "not in MLflow yet" in " ".join(output.split())
+    assert study_status(ledger, study.config).unsent == 2
+
+    server = start_server(study, int(server.address.rpartition(":")[2]))
+    try:
+        # Nothing is left to train: this one only sends.
+        finish(study.start("worker", "--worker-id", "third"))
+        before = metric_rows(study)
+        resend_everything(study, server.address)
+        after = metric_rows(study)
+    finally:
+        server.stop()
+
+    assert study_status(ledger, study.config).unsent == 0
+    assert [ticket.attempt for ticket in study.tickets()] == [2, 2]
+    assert_exact(study, 2, epochs=12)
+    assert after == before
+    assert artifacts(study) == {
+        "summary": ["hyp.best.yaml", "study.json"],
+        **{name: ["hyp.yaml", "metrics.json"] for name in ("trial-00000", "trial-00001")},
+        **{f"trial-{best_of(study):05d}": ["best.safetensors", "hyp.yaml", "metrics.json"]},
+    }
+
+
+def artifacts(study: TinyStudy) -> dict[str, list[str]]:
+    """File names of every run's artifacts."""
+    found = {}
+    for name, run in study.mlflow_runs().items():
+        (folder,) = (study.runs / "mlartifacts").rglob(run.info.run_id)
+        found[name] = sorted(path.name for path in folder.rglob("*") if path.is_file())
+    return found
+
+
+def best_of(study: TinyStudy) -> int:
+    """The best trial's number; of equals the first."""
+    return max(study.tickets(), key=lambda ticket: (ticket.value or 0.0, -ticket.number)).number
 
 
 # ---- asked to end ----------------------------------------------------------------------------------------------------
