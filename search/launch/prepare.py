@@ -189,6 +189,8 @@ def _notices(config: StudyConfig, dataset: DatasetConfig, splits: dict[str, Spli
     missing = [name for index, name in enumerate(dataset.names) if not counts[index]]
     if missing:
         yield f"data: no training labels of {', '.join(missing)}"
+    if config.train.freeze and config.train.weights is None:
+        yield "train.freeze: without train.weights the frozen layers keep random weights"
     patience = config.train.patience
     if 0 < patience < config.train.epochs and config.objective.at == "last":
         yield (

@@ -73,6 +73,7 @@ class TrainerSettings:
 def main(connection: Connection, settings: TrainerSettings) -> None:
     """Entry point of the process: trains one pack after another until the pipe is closed."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("yolocore.training.start").setLevel(logging.INFO)  # how much of a weights file was taken
     # Signals to the whole process group are the supervisor's to answer: it ends this process once all is handed back.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

@@ -53,6 +53,30 @@ def test_plan_study_key_that_a_pack_shares_is_told(make: Callable[..., TinyStudy
     assert any("trials train one at a time" in notice for notice in plan.notices)
 
 
+@pytest.mark.parametrize(
+    ("changes", "start"),
+    [
+        ({"train": {"freeze": 10}}, "train.freeze: without train.weights the frozen layers keep random weights"),
+        (
+            {"train": {"epochs": 9, "patience": 8}},
+            "train.patience: a trial that ends early counts with its last epoch, 8",
+        ),
+    ],
+)
+def test_plan_study_settings_that_surprise_are_told(
+    make: Callable[..., TinyStudy], changes: dict[str, Any], start: str
+) -> None:
+    study = make(**changes)
+    usual = make("usual", train={"epochs": 9}, objective={"metric": "fitness", "at": "best"})
+
+    notices = plan_study(study.config, study.storage_url, study.runs).notices
+
+    assert any(notice.startswith(start) for notice in notices)
+    assert not any(
+        notice.startswith(start) for notice in plan_study(usual.config, usual.storage_url, usual.runs).notices
+    )
+
+
 def test_plan_study_image_weights_train_one_trial_at_a_time(make: Callable[..., TinyStudy]) -> None:
     study = make(train={"image_weights": True})
 
