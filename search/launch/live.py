@@ -54,7 +54,7 @@ def _line(view: WorkerView, trials: Sequence[TrialStatus], device: str | None, n
     return WorkerLine(
         index=view.index,
         pid=view.pid,
-        place=view.place or device or "",
+        place=view.place or (device or "").partition(" ")[0],  # without the precision that follows it
         activity=_activity(view, bool(trials), device is not None),
         restarts=view.restarts,
         trials=tuple(trial.ticket if trial.number is None else trial.number for trial in trials),

@@ -9,6 +9,7 @@ from rich.console import Console
 from search.cli_live import WorkerScreen, launch_view, numbers
 from search.launch.launcher import WorkerPhase, WorkerView
 from search.launch.live import Pace, WorkerLine, worker_lines
+from search.prepared import Prepared
 from search.report import StudyStatus, TrialStatus
 
 NOW = 1_000_000.0
@@ -45,6 +46,9 @@ def status(trials: Sequence[TrialStatus], devices: dict[str, str]) -> StudyStatu
         slot_epochs=sum(trial.epoch for trial in trials),
         eta_seconds=130.0,
         stop_reason=None,
+        unsent=0,
+        precisions=("fp32",),
+        prepared=Prepared(),
     )
 
 
@@ -69,7 +73,7 @@ def test_worker_lines_join_the_launcher_with_the_ledger() -> None:
     ]
     views = [view(0), view(1), view(2), view(3, "waits", restarts=2)]
 
-    lines = worker_lines(views, status(trials, {"h-1-0.0": "cpu", "h-1-1.0": "cuda:0"}), NOW)
+    lines = worker_lines(views, status(trials, {"h-1-0.0": "cpu fp32", "h-1-1.0": "cuda:0 bf16"}), NOW)
 
     assert [line.activity for line in lines] == ["trains", "idle", "starts", "waits"]
     assert [line.place for line in lines] == ["cpu", "cuda:0", "", ""]
