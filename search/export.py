@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -147,7 +148,8 @@ def _against_base(best: BestTrial) -> str:
 
 def _write_atomic(path: Path, text: str, expected: Hyperparameters) -> None:
     """Write beside the target, check what a reader would get, then rename over it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Not the process id: threads share it, and hosts with a common folder may have the same.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as file:
             file.write(text)

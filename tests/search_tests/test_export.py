@@ -1,6 +1,11 @@
 """The exported hyp YAML: complete, raw, honest about where it comes from."""
 
 import dataclasses
+import re
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -130,3 +135,48 @@ def test_best_trial_of_equals_is_the_base(ledger: Ledger, config: StudyConfig) -
 def test_best_trial_without_a_complete_trial_is_one_line(ledger: Ledger, config: StudyConfig) -> None:
     with pytest.raises(UserInputError, match="study blood: none of 3 trials is complete; allowed: "):
         best_trial(ledger, config)
+
+
+def test_export_while_others_write_is_always_a_whole_file_of_one_trial(
+    ledger: Ledger, config: StudyConfig, tmp_path: Path
+) -> None:
+    path = tmp_path / "hyp.yaml"
+    ledger.add_tickets("blood", 17)
+    over = threading.Event()
+
+    def write() -> None:
+        """Each trial is better than those before it, and its value tells its box."""
+        for number in range(20):
+            (ticket,) = ledger.claim("blood", "w", 1, 60.0)
+            if ticket.trial_id is None:
+                ticket = ledger.link_trial(ticket, number + 1, number, {"box": 0.05 + number / 1000})
+            ledger.record_epoch(ticket, 0, number / 100, {"fitness": number / 100}, 1.0)
+            ledger.finish(ticket, TicketState.COMPLETE, number / 100, None)
+            time.sleep(0.01)
+
+    def export() -> int:
+        exports = 0
+        while not over.is_set():
+            with suppress(UserInputError):  # as long as no trial is complete
+                export_best(best_trial(ledger, config), path)
+                exports += 1
+        return exports
+
+    with ThreadPoolExecutor(3) as pool:
+        exporters = [pool.submit(export) for _ in range(2)]
+        writer = pool.submit(write)
+        read = 0
+        try:
+            while not writer.done():
+                if path.exists():
+                    text = path.read_text()
+                    shown = re.search(r"trial (\d+)", text)
+                    assert shown is not None
+                    assert yaml.safe_load(text)["box"] == pytest.approx(0.05 + int(shown[1]) / 1000)
+                    read += 1
+        finally:
+            over.set()
+        writer.result()
+    assert read > 0
+    assert all(exporter.result() > 0 for exporter in exporters)
+    assert best_trial(ledger, config).trial_number == 19
