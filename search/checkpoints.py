@@ -42,7 +42,7 @@ EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 _OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci"})
 """Protocols without folders. To make one there would make a bucket of a mistyped name."""
 
-_DIGEST_CHARS = 32
+DIGEST_CHARS = 32
 _NAME = re.compile(r"checkpoint-(?P<epochs>\d{4,})-(?P<attempt>\d{4,})-(?P<digest>[0-9a-f]{32})\.pt")
 _FORMAT = 1
 
@@ -97,18 +97,19 @@ class CheckpointStore:
         Raises:
             UserInputError: The URL's protocol is unknown, or its back end is not installed (naming the extra).
         """
-        self._layout = StudyFolder(Path(), check_study_name(study))
+        self.layout = StudyFolder(Path(), check_study_name(study))
         self._owner = owner
-        self._place = _open_place(root)
+        self.place = open_place(root)
+        """The files below the root."""
 
     @property
     def is_local(self) -> bool:
         """Whether the files are in a folder of this host (or one that is mounted here)."""
-        return isinstance(self._place, _Folder)
+        return isinstance(self.place, _Folder)
 
     def __str__(self) -> str:
         """Where the study's files are, without a password."""
-        return self._place.show(self._layout.root.as_posix())
+        return self.place.show(self.layout.root.as_posix())
 
     def save(self, ticket_number: int, attempt: int, epochs_done: int, tree: object) -> str:
         """Stores the state of a trial.
@@ -132,12 +133,12 @@ class CheckpointStore:
         folder = self._folder(ticket_number)
         label = f"checkpoint-{epochs_done:04d}-{attempt:04d}"
         what = f"trial {ticket_number}, epoch {epochs_done}: its checkpoint cannot be written to"
-        with self._failures(what, folder), self._place.staging(folder) as staging:
+        with self._failures(what, folder), self.place.staging(folder) as staging:
             staged = staging / f".{label}.{os.getpid()}.tmp"
             try:
                 save_atomic(staged, envelope)
-                name = f"{label}-{_digest(staged)}.pt"
-                self._place.publish(staged, folder / name)
+                name = f"{label}-{digest_of(staged)}.pt"
+                self.place.publish(staged, folder / name)
             finally:
                 staged.unlink(missing_ok=True)
         return (folder / name).as_posix()
@@ -164,7 +165,7 @@ class CheckpointStore:
                 continue
             path = (self._folder(ticket_number) / stored.name).as_posix()
             return LoadedCheckpoint(tree=tree, epochs_done=stored.epochs_done, reference=path, skipped=tuple(skipped))
-        where = self._place.show(self._folder(ticket_number).as_posix())
+        where = self.place.show(self._folder(ticket_number).as_posix())
         reasons = "; ".join(skipped) or f"none of epoch {epochs_done} or before is there"
         raise CheckpointError(f"trial {ticket_number}: no usable checkpoint in {where}: {reasons}")
 
@@ -172,7 +173,7 @@ class CheckpointStore:
         """The checkpoints of a trial, the one to prefer first: by epochs, then by attempt, both descending."""
         folder = self._folder(ticket_number)
         with self._failures(f"trial {ticket_number}: its checkpoints cannot be listed in", folder):
-            found = [_parse(name, size) for name, size in self._place.files(folder)]
+            found = [_parse(name, size) for name, size in self.place.files(folder)]
         return tuple(sorted((stored for stored in found if stored is not None), key=_preference))
 
     def keep_latest(self, ticket_number: int, epochs_done: int, count: int = KEPT) -> int:
@@ -197,16 +198,16 @@ class CheckpointStore:
     def clear(self) -> int:
         """Deletes all checkpoints of the study and the folders that are empty then. Returns the bytes freed."""
         freed = sum(self.delete(number) for number in self.ticket_numbers())
-        study = PurePosixPath(self._layout.root.as_posix())
+        study = PurePosixPath(self.layout.root.as_posix())
         with self._failures("empty folders cannot be removed from", study):
-            self._place.prune(study)
+            self.place.prune(study)
         return freed
 
     def ticket_numbers(self) -> tuple[int, ...]:
         """Numbers of the trials that have a folder here."""
         trials = PurePosixPath(self._folder(0).parent)
         with self._failures("its trials cannot be listed in", trials):
-            return tuple(sorted(int(name) for name in self._place.folders(trials) if name.isdecimal()))
+            return tuple(sorted(int(name) for name in self.place.folders(trials) if name.isdecimal()))
 
     def _identity(self, ticket_number: int, attempt: int, epochs_done: int) -> dict[str, int | str]:
         return {
@@ -218,7 +219,7 @@ class CheckpointStore:
         }
 
     def _folder(self, ticket_number: int) -> PurePosixPath:
-        return PurePosixPath(self._layout.trial(ticket_number).as_posix())
+        return PurePosixPath(self.layout.trial(ticket_number).as_posix())
 
     def _candidates(self, ticket_number: int, epochs_done: int, reference: str | None) -> Iterator[StoredCheckpoint]:
         named = _parse(PurePosixPath(reference or "").name, 0)
@@ -233,8 +234,8 @@ class CheckpointStore:
         from yolocore.checkpoint import load
 
         path = self._folder(ticket_number) / stored.name
-        with self._failures(f"{stored.name} cannot be read from", path.parent), self._place.fetched(path) as file:
-            if _digest(file) != stored.digest:
+        with self._failures(f"{stored.name} cannot be read from", path.parent), self.place.fetched(path) as file:
+            if digest_of(file) != stored.digest:
                 raise CheckpointError(f"{stored.name}: damaged: its SHA-256 is not that of its name")
             envelope = load(file)
         expected = self._identity(ticket_number, stored.attempt, stored.epochs_done)
@@ -248,21 +249,31 @@ class CheckpointStore:
     def _remove(self, ticket_number: int, stored: StoredCheckpoint) -> int:
         folder = self._folder(ticket_number)
         with self._failures(f"{stored.name} cannot be deleted from", folder):
-            self._place.remove(folder / stored.name)
+            self.place.remove(folder / stored.name)
         return stored.size
 
-    @contextmanager
-    def _failures(self, what: str, folder: PurePosixPath) -> Iterator[None]:
-        """Turns whatever the disk, torch or a back end raises into one line."""
-        try:
-            yield
-        except TypeError:
-            raise  # a tree that cannot be stored is a mistake of the caller
-        except Exception as error:  # every back end has its own errors
-            if isinstance(error, CheckpointError) and _system_error(error) is None:
-                raise
-            where = self._place.show(folder.as_posix())
-            raise CheckpointError(f"{what} {where}: {mask_url(_reason(error))}") from error
+    def _failures(self, what: str, folder: PurePosixPath) -> AbstractContextManager[None]:
+        return failures_of(self.place, what, folder)
+
+
+@contextmanager
+def failures_of(place: Place, what: str, folder: PurePosixPath) -> Iterator[None]:
+    """Turns whatever the disk, torch or a back end raises into a `CheckpointError` of one line.
+
+    Args:
+        place: the files.
+        what: what could not be done, up to the name of the folder.
+        folder: where.
+    """
+    try:
+        yield
+    except TypeError:
+        raise  # a tree that cannot be stored is a mistake of the caller
+    except Exception as error:  # every back end has its own errors
+        if isinstance(error, CheckpointError) and _system_error(error) is None:
+            raise
+        where = place.show(folder.as_posix())
+        raise CheckpointError(f"{what} {where}: {mask_url(_reason(error))}") from error
 
 
 def remove_leftovers(folder: Path, older_than: float = LEFTOVER_SECONDS, *, dry_run: bool = False) -> int:
@@ -287,7 +298,7 @@ def remove_leftovers(folder: Path, older_than: float = LEFTOVER_SECONDS, *, dry_
     return freed
 
 
-class _Place(ABC):
+class Place(ABC):
     """Files below a root by their relative paths. Whatever fails raises the back end's own error."""
 
     @abstractmethod
@@ -323,7 +334,7 @@ class _Place(ABC):
         """Removes a folder and those below it as far as they are empty."""
 
 
-class _Folder(_Place):
+class _Folder(Place):
     """A local or mounted folder. Files appear by a rename within their folder."""
 
     def __init__(self, root: Path) -> None:
@@ -369,7 +380,7 @@ class _Folder(_Place):
                 Path(current).rmdir()
 
 
-class _Remote(_Place):
+class _Remote(Place):
     """A store behind fsspec. Uploads and downloads stream through a local temporary file."""
 
     def __init__(self, filesystem: Any, root: str) -> None:
@@ -423,7 +434,8 @@ class _Remote(_Place):
         return f"{self._root}/{path}"
 
 
-def _open_place(root: str | Path) -> _Place:
+def open_place(root: str | Path) -> Place:
+    """The files below a folder or a URL; `CheckpointStore` says which errors to expect."""
     text = str(root)
     if "://" not in text:
         return _Folder(Path(root))
@@ -462,9 +474,10 @@ def _preference(stored: StoredCheckpoint) -> tuple[int, int, str]:
     return -stored.epochs_done, -stored.attempt, stored.digest
 
 
-def _digest(file: Path) -> str:
+def digest_of(file: Path) -> str:
+    """What stands in the name of a stored file: the first half of its SHA-256."""
     with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()[:_DIGEST_CHARS]
+        return hashlib.file_digest(stream, "sha256").hexdigest()[:DIGEST_CHARS]
 
 
 def _system_error(error: BaseException | None) -> OSError | None:

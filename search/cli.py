@@ -18,6 +18,7 @@ from rich.logging import RichHandler
 from search import cli_data, cli_doctor, cli_launch, cli_studies
 from search.cli_common import (
     AsJson,
+    Checkpoints,
     MoreTrials,
     RunsDir,
     Storage,
@@ -150,20 +151,34 @@ def export(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="FILE", help="Default runs/STUDY/hyp.best.yaml.")
     ] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Also write that trial's trained weights: .safetensors, or .pt (state dict)."
+        ),
+    ] = None,
+    checkpoints: Checkpoints = None,
     storage: Storage = None,
     runs_dir: RunsDir = None,
     as_json: AsJson = False,
 ) -> None:
     """Write the best trial's hyp as YAML for YOLOv5's train.py --hyp.
 
-    Example: yolosearch export quickstart -o hyp.yaml
+    Example: yolosearch export quickstart -o hyp.yaml --weights best.safetensors
     """
+    from search.export import export_weights
+    from search.weights import WeightsStore
+
     ledger, config, _ = read_study(study, storage, runs_dir)
     path = export_hyp(ledger, config, output, runs_dir)
+    if weights is not None:
+        export_weights(ledger, config, WeightsStore.open(checkpoints or runs_folder(runs_dir), config.name), weights)
     if as_json:
-        print_json({"study": config.name, "path": str(path)})
-    else:
-        print_line(f"best hyp: {path}")
+        print_json({"study": config.name, "path": str(path), **({} if weights is None else {"weights": str(weights)})})
+        return
+    print_line(f"best hyp: {path}")
+    if weights is not None:
+        print_line(f"its weights: {weights}")
 
 
 @app.command()

@@ -69,7 +69,7 @@ if TYPE_CHECKING:
 BUDGET_KEYS = frozenset({"trials", "timeout"})
 """What may change when a study is resumed."""
 
-STUDY_WIDE_KEYS = frozenset({"pack", "autoanchor"})
+STUDY_WIDE_KEYS = frozenset({"pack", "autoanchor", "keep_weights"})
 """Keys of `train` that are settled before a training starts."""
 
 PREPARED_KEY = "prepared"

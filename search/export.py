@@ -10,9 +10,10 @@ from pathlib import Path
 
 from search.config import StudyConfig
 from search.errors import SearchError, UserInputError
-from search.ledger import Ledger, Ticket, TicketState, base_numbers
+from search.ledger import Ledger, Ticket, base_numbers
 from search.prepared import Prepared
 from search.space import hyperparameters
+from search.weights import WeightsStore, complete_trials, value_row
 from yolocore.hyperparameters import Hyperparameters
 
 CLS_PW_NOTE = (
@@ -60,11 +61,11 @@ def best_trial(ledger: Ledger, config: StudyConfig) -> BestTrial:
         UserInputError: no trial is complete yet.
     """
     tickets = [ticket for ticket in ledger.tickets(config.name) if ticket.kind == "search"]
-    complete = [ticket for ticket in tickets if ticket.state is TicketState.COMPLETE and ticket.value is not None]
+    complete = complete_trials(tickets)
     if not complete:
         found = f"none of {len(tickets)} trials is complete"
         raise UserInputError(f"study {config.name}: {found}; allowed: a study with a complete trial")
-    best = max(complete, key=lambda ticket: (_value(ticket), -ticket.number))
+    best = complete[0]
     numbers = base_numbers(tickets)
     base = next((ticket for ticket in complete if ticket.number in numbers), None)
     rows = [row for row in ledger.reports(best.id) if best.best_epoch in (None, row.epoch)]
@@ -84,6 +85,28 @@ def best_trial(ledger: Ledger, config: StudyConfig) -> BestTrial:
         metrics=rows[-1].metrics if rows else {},
         finished=best.finished,
     )
+
+
+def export_weights(ledger: Ledger, config: StudyConfig, store: WeightsStore, output: Path) -> Path:
+    """Copies the trained weights of the best trial.
+
+    Returns:
+        `output`.
+
+    Raises:
+        UserInputError: no trial is complete, its weights were not kept, or the file cannot be written.
+        CheckpointError: the weights cannot be read.
+    """
+    complete = complete_trials(ledger.tickets(config.name))
+    row = value_row(complete[0], ledger.reports(complete[0].id)) if complete else None
+    file = store.find(complete[0].number, row) if complete else None
+    if file is None:
+        found = f"no weights of {'a complete' if not complete else 'its best'} trial are in {store}"
+        raise UserInputError(
+            f"study {config.name}: {found}; allowed: a study with train.keep_weights best or all, and --checkpoints "
+            "where its workers had it"
+        )
+    return store.copy(complete[0].number, file, output)
 
 
 def _value(ticket: Ticket) -> float:

@@ -32,6 +32,7 @@ from search.database import (
 from search.errors import DatabaseError, UserInputError
 from search.ledger import Ledger, StateCount, StudyRecord, Ticket, TicketState
 from search.paths import StudyFolder
+from search.weights import WeightsStore, complete_trials, kept_numbers, value_row
 from search.worker.host import release_dead_neighbours
 
 IMAGES_PREFIX = "yolosearch-images-"
@@ -195,10 +196,13 @@ def delete(
     if not force:
         release_dead_neighbours(ledger, name)
         ledger.refuse_if_running(name)
-    trials = len(ledger.tickets(name))
+    tickets = ledger.tickets(name)
     ledger.stop(name, "`yolosearch delete` was interrupted: run it again")
     delete_study(name, open_storage(storage_url))
-    freed = 0 if store is None else store.clear()
+    freed = 0
+    if store is not None:
+        weights = WeightsStore(store.place, name)
+        freed += sum(weights.keep(ticket.number, None) for ticket in tickets) + store.clear()
     database = _database_files(storage_url)
     freed += _remove_entries(folder, keep=database)
     ledger.delete_study(name, force=force)
@@ -211,7 +215,7 @@ def delete(
     if folder.root.exists():
         with suppress(OSError):
             folder.root.rmdir()
-    return DeleteReport(study=name, trials=trials, freed=freed, kept=tuple(kept))
+    return DeleteReport(study=name, trials=len(tickets), freed=freed, kept=tuple(kept))
 
 
 def _refuse_link(folder: StudyFolder) -> None:
@@ -306,12 +310,11 @@ def clean(ledger: Ledger, folder: StudyFolder, store: CheckpointStore, *, dry_ru
     Raises:
         UnknownStudyError: no such study.
     """
-    ledger.study(folder.study)
-    tickets = ledger.tickets(folder.study)
+    tickets = ledger.tickets(ledger.study(folder.study).name)
     ended = _ended_numbers(tickets)
     return CleanReport(
         checkpoints=_clean_checkpoints(store, ended, dry_run=dry_run),
-        weights=_clean_weights(folder, ended, _best_number(tickets), dry_run=dry_run),
+        weights=_clean_weights(ledger, tickets, WeightsStore(store.place, folder.study), dry_run=dry_run),
         temporary=remove_leftovers(folder.root, dry_run=dry_run) + remove_temporary_files(dry_run=dry_run),
     )
 
@@ -320,12 +323,6 @@ def _ended_numbers(tickets: Sequence[Ticket]) -> frozenset[int]:
     """Numbers whose tickets, of whatever kind, are all spent."""
     open_numbers = {ticket.number for ticket in tickets if not ticket.state.is_final}
     return frozenset(ticket.number for ticket in tickets) - open_numbers
-
-
-def _best_number(tickets: Sequence[Ticket]) -> int | None:
-    """The ticket whose trial `export` takes."""
-    complete = [t for t in tickets if t.kind == "search" and t.state is TicketState.COMPLETE and t.value is not None]
-    return max(complete, key=lambda t: (t.value or 0.0, -t.number)).number if complete else None
 
 
 def _clean_checkpoints(store: CheckpointStore, ended: Collection[int], *, dry_run: bool) -> int:
@@ -338,15 +335,17 @@ def _clean_checkpoints(store: CheckpointStore, ended: Collection[int], *, dry_ru
     return freed
 
 
-def _clean_weights(folder: StudyFolder, ended: Iterable[int], best: int | None, *, dry_run: bool) -> int:
+def _clean_weights(ledger: Ledger, tickets: Sequence[Ticket], weights: WeightsStore, *, dry_run: bool) -> int:
     """Without a complete trial nothing is the best yet, and all weights stay."""
-    freed = 0
-    for number in sorted(ended) if best is not None else ():
-        path = folder.weights(number)
-        if number != best and path.is_file():
-            freed += path.stat().st_size
-            if not dry_run:
-                path.unlink()
+    if not complete_trials(tickets):
+        return 0
+    policy = (ledger.study(tickets[0].study).config.get("train") or {}).get("keep_weights", "best")
+    kept = kept_numbers(tickets, policy)
+    freed = sum(weights.keep(number, None, dry_run=dry_run) for number in sorted(_ended_numbers(tickets) - kept))
+    for ticket in complete_trials(tickets):
+        file = weights.find(ticket.number, value_row(ticket, ledger.reports(ticket.id)))
+        if ticket.number in kept and file is not None:
+            freed += weights.keep(ticket.number, file, dry_run=dry_run)
     return freed
 
 

@@ -62,10 +62,6 @@ class StudyFolder:
         """Folder of one trial's files."""
         return self.root / "trials" / f"{ticket_number:05d}"
 
-    def weights(self, ticket_number: int) -> Path:
-        """Best weights (EMA) of one trial under official key names."""
-        return self.trial(ticket_number) / "best.safetensors"
-
     def log(self, worker: str) -> Path:
         """What one worker printed."""
         return self.root / "logs" / f"{worker}.log"

@@ -160,6 +160,8 @@ class TrainSettings(Section):
     """Layers 0 to freeze - 1 keep their weights; 10 is the backbone, 24 everything but the detection head."""
     freeze_bn: StrictBool = False
     """Frozen layers also keep their BatchNorm statistics; YOLOv5 lets these move."""
+    keep_weights: Literal["none", "best", "all"] = "best"
+    """Whose trained weights stay: nobody's, those of the base and of the best trial, or those of every complete one."""
     pack: Annotated[Whole, Field(ge=1, le=64)] = 4
     """Trials that train together on one device."""
 

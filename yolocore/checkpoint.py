@@ -87,12 +87,13 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     return {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
 
 
-def save_weights(path: Path, state_dict: Mapping[str, Tensor]) -> None:
+def save_weights(path: Path, state_dict: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a state dict atomically, as `.safetensors` or as a `.pt` that `torch.load(weights_only=True)` reads.
 
     Args:
         path: The file; its suffix chooses the format.
         state_dict: Official names; stored on the CPU in the given types and order (safetensors sorts by itself).
+        metadata: What safetensors keeps beside the tensors; a `.pt` has no place for it.
 
     Raises:
         WeightsError: if the suffix is another, or the file cannot be written.
@@ -105,7 +106,7 @@ def save_weights(path: Path, state_dict: Mapping[str, Tensor]) -> None:
         if path.suffix == ".pt":
             torch.save(state, file)
         else:
-            file.write(safetensors.torch.save(state, metadata={"format": "pt"}))
+            file.write(safetensors.torch.save(state, metadata={"format": "pt", **(metadata or {})}))
 
     try:
         _write_atomic(path, write)

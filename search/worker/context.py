@@ -43,4 +43,5 @@ class WorkerContext:
             owner=self.owner,
             objective=self.config.objective,
             class_names=self.class_names,
+            keep_weights=self.config.train.keep_weights != "none",
         )

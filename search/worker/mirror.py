@@ -12,7 +12,7 @@ import queue
 import re
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -28,6 +28,8 @@ from search.paths import StudyFolder
 from search.space import hyperparameters
 from search.study import tell
 from search.tracking import TrackedState, Tracker
+from search.weights import WeightsStore, value_row
+from yolocore.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +74,8 @@ class MirrorContext:
     folder: StudyFolder
     class_names: tuple[str, ...]
     storage_url: str
+    weights: WeightsStore | None = None
+    """Where the best trial's weights are."""
     tags: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -189,16 +193,26 @@ class Mirror:
             tags["yolosearch.value"] = f"{ticket.value:.6g}"
         return tags
 
-    def _log_files(self, run_id: str, ticket: Ticket, rows: Iterable[EpochRow]) -> None:
+    def _log_files(self, run_id: str, ticket: Ticket, rows: Sequence[EpochRow]) -> None:
         curve = [{"epoch": row.epoch, "value": row.value, "stored_at": row.stored_at, **row.metrics} for row in rows]
         files: dict[str, Path | str] = {
             "hyp.yaml": self._hyp_text(ticket),
             "metrics.json": json.dumps(curve, indent=1),
         }
-        weights = self._context.folder.weights(ticket.number)
-        if weights.is_file() and self._is_best(ticket):
-            files["weights/best.safetensors"] = weights
         self._tracker.log_artifacts(run_id, files)
+        if self._is_best(ticket):
+            self._log_weights(run_id, ticket, rows)
+
+    def _log_weights(self, run_id: str, ticket: Ticket, rows: Sequence[EpochRow]) -> None:
+        """Sends the weights of the best trial; those of one that was beaten meanwhile are not there any more."""
+        store = self._context.weights
+        try:
+            file = None if store is None else store.find(ticket.number, value_row(ticket, rows))
+            if store is not None and file is not None:
+                with store.fetched(ticket.number, file) as local:
+                    self._tracker.log_artifacts(run_id, {"weights/best.safetensors": local})
+        except CheckpointError as error:
+            logger.warning("%s", error)
 
     def _hyp_text(self, ticket: Ticket) -> str:
         hyp = hyperparameters(self._context.config.base_hyperparameters(), ticket.params or {})

@@ -14,6 +14,7 @@ from search.ledger import EpochRow, Ticket, TicketState
 from search.settings import ObjectiveConfig
 from search.space import hyperparameters
 from search.study import mirror_reports, should_prune, tell, trial_value
+from search.weights import WeightsStore, complete_trials, kept_numbers, value_row
 from search.worker.context import WorkerContext
 from search.worker.lease import LeaseKeeper
 from search.worker.messages import (
@@ -75,6 +76,7 @@ class PackRun:
         self._trainer = trainer
         self._checkpoints = store
         self._refill = refill
+        self._weights = WeightsStore(store.place, context.config.name)
         self.alive = {ticket.id: ticket for ticket in tickets}
         self.total = len(tickets)
 
@@ -146,6 +148,16 @@ class PackRun:
         self._ledger.save_progress(ticket, epochs, reference)
         # Only now: an attempt that is over has failed above, and deletes nothing of its successor's.
         self._tidy(partial(self._checkpoints.keep_latest, ticket.number, epochs))
+        if self._config.objective.at == "best" and self._config.train.keep_weights != "none":
+            self._tidy(partial(self._drop_beaten_weights, ticket))
+
+    def _drop_beaten_weights(self, ticket: Ticket) -> None:
+        """Deletes the weights of epochs that were a trial's best once."""
+        rows = self._ledger.reports(ticket.id)
+        found = trial_value(self._config.objective, rows)
+        best = next((row for row in rows if found is not None and row.epoch == found[1]), None)
+        if (file := self._weights.find(ticket.number, best)) is not None:
+            self._weights.drop_before(ticket.number, file)
 
     def _settle(self, reports: Sequence[EpochReport]) -> None:
         """Stores the epoch of every slot before any is judged, so that those at the same epoch are compared."""
@@ -216,6 +228,25 @@ class PackRun:
         self._close(ticket)
         tell(self._context.study, trial_id_of(ticket), state, value)
         self._tidy(partial(self._checkpoints.delete, ticket.number))
+        if self._config.train.keep_weights != "none":
+            self._tidy(partial(self._sort_weights, ticket))
+
+    def _sort_weights(self, ticket: Ticket) -> None:
+        """Keeps the weights of a trial that has ended if they count, and lets go of those that they beat."""
+        tickets = self._ledger.tickets(self._config.name)
+        kept = kept_numbers(tickets, self._config.train.keep_weights)
+        # The one behind it was the best until now. What two workers at the same moment leave, `clean` finds.
+        ended = [ticket.number, *(other.number for other in complete_trials(tickets)[1:2])]
+        for number in ended:
+            if number not in kept:
+                self._weights.keep(number, None)
+        if ticket.number in kept:
+            row = value_row(self._ledger.ticket(ticket.id), self._ledger.reports(ticket.id))
+            file = self._weights.find(ticket.number, row)
+            if file is None:
+                logger.warning("trial %s: the weights of its epoch are not there", ticket.trial_number)
+            else:
+                self._weights.keep(ticket.number, file)
 
     @staticmethod
     def _tidy(act: Callable[[], object]) -> None:

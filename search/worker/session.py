@@ -22,6 +22,7 @@ from search.paths import StudyFolder, data_on_this_host
 from search.prepared import Prepared
 from search.study import load_study, open_worker_storage, warm_up
 from search.tracking import Tracker, default_tracking_uri, open_tracker, refuse_studys_database
+from search.weights import WeightsStore
 from search.worker.context import WorkerContext
 from search.worker.existing import HANG_SECONDS, OUTAGE_SECONDS, open_existing
 from search.worker.host import process_identity
@@ -169,6 +170,7 @@ def _mirror(options: WorkerOptions, context: WorkerContext, record: StudyRecord)
         folder=context.folder,
         class_names=context.class_names,
         storage_url=options.storage_url,
+        weights=WeightsStore.open(context.checkpoints, context.config.name),
         tags={
             "yolosearch.sampler": context.config.sampler.name,
             "yolosearch.fingerprint": record.fingerprint,

@@ -7,6 +7,7 @@ database does not stop the training. It ends when its supervisor closes the pipe
 from __future__ import annotations
 
 import gc
+import json
 import logging
 import math
 import multiprocessing
@@ -26,6 +27,7 @@ from search.checkpoints import CheckpointStore, LoadedCheckpoint
 from search.config import objective_value
 from search.paths import StudyFolder
 from search.settings import ObjectiveConfig
+from search.weights import WeightsStore
 from search.worker.messages import (
     Alive,
     EpochDone,
@@ -37,8 +39,7 @@ from search.worker.messages import (
     TrialStart,
     Verdict,
 )
-from yolocore.checkpoint import save_weights
-from yolocore.errors import CheckpointError, InputError, TrainingError, WeightsError, YolocoreError
+from yolocore.errors import CheckpointError, InputError, TrainingError, YolocoreError
 from yolocore.training.config import TrainConfig
 from yolocore.training.optim import EarlyStopping
 from yolocore.training.pack import check_state
@@ -64,10 +65,22 @@ class TrainerSettings:
     """Tells this study's checkpoints from those of an earlier one of the same name."""
     objective: ObjectiveConfig
     class_names: tuple[str, ...]
+    keep_weights: bool = True
+    """Whether the weights of the epochs that give trials their values are stored."""
 
     def open_checkpoints(self) -> CheckpointStore:
         """The store of this study's checkpoints."""
         return CheckpointStore(self.checkpoints, self.folder.study, owner=self.owner)
+
+    def weights_metadata(self, ticket_number: int, epochs_done: int) -> dict[str, str]:
+        """What a file of trained weights says about itself."""
+        return {
+            "study": self.folder.study,
+            "trial": str(ticket_number),
+            "epochs": str(epochs_done),
+            "model": f"yolov5{self.train.model}",
+            "names": json.dumps(self.class_names),
+        }
 
 
 def main(connection: Connection, settings: TrainerSettings) -> None:
@@ -113,6 +126,7 @@ class _Trainer:
         self._connection = connection
         self._settings = settings
         self._store = settings.open_checkpoints()
+        self._weights = WeightsStore(self._store.place, settings.folder.study)
         self._data: TrainingData | None = None
         self._trials: dict[str, _Trial] = {}
         self._started = False
@@ -225,14 +239,14 @@ class _Trainer:
 
     def _keep_weights(self, trainer: PackTrainer, reports: Sequence[EpochReport]) -> None:
         """Writes the weights of the epoch that gives a trial its value: its last one, or its best one so far."""
-        for report in reports:
+        for report in reports if self._settings.keep_weights else ():
             if report.metrics is not None and report.failure is None and self._counts(report):
-                number = self._trials[report.key].start.number
-                try:
-                    save_weights(self._settings.folder.weights(number), trainer.slot_weights(report.key))
-                except WeightsError as error:
+                trial, epochs = self._trials[report.key].start, report.epoch + 1
+                metadata = self._settings.weights_metadata(trial.number, epochs)
+                with self._pulse():
+                    weights = trainer.slot_weights(report.key)
                     # A full disk ends this trial; the worker, which may have other disks to write to, goes on.
-                    raise CheckpointError(f"trial {number}: its weights are lost: {error}") from None
+                    self._weights.save(trial.number, trial.attempt, epochs, weights, metadata)
 
     def _counts(self, report: EpochReport) -> bool:
         assert report.metrics is not None

@@ -319,7 +319,10 @@ def test_export_writes_the_best_trial(yolosearch: Command, make: Callable[..., T
     named = yolosearch("export", NAME, *where, "-o", study.folder / "mine.yaml")
 
     assert early.code == 2
+    without = yolosearch("export", NAME, *where, "--weights", study.folder / "best.pt")
+
     assert "none of 1 trials is complete" in early.err
+    assert (without.code, "no weights of its best trial are in" in without.err) == (2, True)
     assert told == {"study": NAME, "path": str(study.runs / NAME / "hyp.best.yaml")}
     assert Hyperparameters.from_yaml(Path(told["path"])).box == 0.05
     assert named.out == f"best hyp: {study.folder}/mine.yaml\n"

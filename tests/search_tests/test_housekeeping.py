@@ -13,6 +13,7 @@ from typing import Any
 
 import optuna
 import pytest
+import torch
 
 from search.checkpoints import CheckpointStore
 from search.config import StudyConfig, load_study_config, parse_study
@@ -32,6 +33,7 @@ from search.housekeeping import (
 from search.ledger import Ledger, StudyRecord, Ticket, TicketState
 from search.paths import StudyFolder
 from search.study import ask, create_study, load_study, open_storage, tell
+from search.weights import WeightsStore
 from search.worker.host import process_identity
 
 SPACE = {"box": {"low": 0.02, "high": 0.2, "log": True}}
@@ -62,11 +64,12 @@ class House:
         record = StudyRecord(name=name, config=config.to_json(), fingerprint="f", versions={}, created=created)
         self.ledger.create_study(record, [base.params, None, None, None], base)
         folder = self.folder(name)
-        for path in (folder.log("w"), folder.best_hyp, *(folder.weights(number) for number in range(4))):
+        for path in (folder.log("w"), folder.best_hyp):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(b"0123456789")
         for number in range(4):
             self.store(name).save(number, 1, 2, {"epoch": 2})
+            self.weights(name).save(number, 1, 2, {"model.0.conv.weight": torch.ones(2)})
         return config
 
     def folder(self, name: str = "s") -> StudyFolder:
@@ -74,6 +77,12 @@ class House:
 
     def store(self, name: str = "s") -> CheckpointStore:
         return CheckpointStore(self.runs, name)
+
+    def weights(self, name: str = "s") -> WeightsStore:
+        return WeightsStore.open(self.runs, name)
+
+    def has_weights(self, *numbers: int) -> list[bool]:
+        return [bool(self.weights().files(number)) for number in numbers]
 
     def claim(self, name: str = "s", lease: float = 60.0, worker: str = "w") -> Ticket:
         (ticket,) = self.ledger.claim(name, worker, 1, lease)
@@ -327,12 +336,13 @@ def test_clean_keeps_open_trials_and_the_best(aside: House, monkeypatch: pytest.
     aside.create()
     aside.end(0.25, 0.75, None)
     sizes = [aside.store().checkpoints(number)[0].size for number in range(3)]
-    expected = {"checkpoints": sum(sizes), "weights": 20, "temporary": 0, "total": sum(sizes) + 20}
+    weights = aside.weights().files(2)[0].size  # of the failed trial: the first is the base, the second the best
+    expected = {"checkpoints": sum(sizes), "weights": weights, "temporary": 0, "total": sum(sizes) + weights}
     assert clean(aside.ledger, aside.folder(), aside.store(), dry_run=True).to_json() == expected
     assert clean(aside.ledger, aside.folder(), aside.store()).to_json() == expected
     assert clean(aside.ledger, aside.folder(), aside.store()).total == 0
     assert [bool(aside.store().checkpoints(number)) for number in range(4)] == [False, False, False, True]
-    assert [aside.folder().weights(number).is_file() for number in range(4)] == [False, True, False, True]
+    assert aside.has_weights(0, 1, 2, 3) == [True, True, False, True]
     assert aside.folder().best_hyp.is_file()
     assert aside.folder().log("w").is_file()
 
@@ -341,14 +351,22 @@ def test_clean_without_a_complete_trial_keeps_all_weights(aside: House) -> None:
     aside.create()
     aside.end(None, None)
     assert clean(aside.ledger, aside.folder(), aside.store()).weights == 0
-    assert aside.folder().weights(0).is_file()
+    assert aside.has_weights(0) == [True]
 
 
 def test_clean_of_equal_values_keeps_the_first(local: House) -> None:
     local.create()
-    local.end(0.5, 0.5)
+    local.end(0.4, 0.5, 0.5)
     clean(local.ledger, local.folder(), local.store())
-    assert [local.folder().weights(number).is_file() for number in (0, 1)] == [True, False]
+    assert local.has_weights(0, 1, 2) == [True, True, False]
+
+
+@pytest.mark.parametrize(("policy", "left"), [("none", [False] * 3), ("all", [True, True, False])])
+def test_clean_keeps_what_the_study_file_says(local: House, policy: str, left: list[bool]) -> None:
+    local.create(train={"epochs": 9, "keep_weights": policy})
+    local.end(0.5, 0.4, None)
+    clean(local.ledger, local.folder(), local.store())
+    assert local.has_weights(0, 1, 2) == left
 
 
 def test_clean_unknown_study_raises(local: House) -> None:

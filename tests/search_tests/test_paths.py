@@ -22,7 +22,6 @@ def test_study_folder_names_of_every_file() -> None:
 
     assert folder.root == Path("runs/blood")
     assert folder.best_hyp == Path("runs/blood/hyp.best.yaml")
-    assert folder.weights(7) == Path("runs/blood/trials/00007/best.safetensors")
     assert folder.log("host-1-0.0") == Path("runs/blood/logs/host-1-0.0.log")
 
 

@@ -224,7 +224,7 @@ def test_create_or_resume_anchors_that_do_not_fit_are_replaced_once_for_all_tria
     assert study.ledger.study(NAME).config == stored
     study.work()
 
-    weights = load_weights(study.runs / NAME / "trials" / "00000" / "best.safetensors")
+    weights = load_weights(study.weights(0)[0])
     pixels = weights[ANCHORS_KEY] * torch.tensor([8.0, 16.0, 32.0]).view(3, 1, 1)
     torch.testing.assert_close(pixels, torch.tensor(found.anchors), rtol=0, atol=1e-4)
     assert study.mlflow_runs()["summary"].data.params["prepared.autoanchor.outcome"] == "replaced"

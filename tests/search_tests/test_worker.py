@@ -113,8 +113,9 @@ def test_run_worker_complete_trial_leaves_weights_and_no_checkpoint(make: Callab
     study.work()
 
     files = sorted(path.name for path in (study.runs / NAME / "trials" / "00000").iterdir())
-    assert files == ["best.safetensors"]
-    weights = load_weights(study.runs / NAME / "trials" / "00000" / "best.safetensors")
+    (file,) = study.weights(0)
+    assert files == [file.name]
+    weights = load_weights(file)
     assert list(weights) == list(load_like(weights))
     assert len(weights) == 349
 
@@ -266,7 +267,10 @@ def test_run_worker_patience_ends_a_trial_complete_also_after_an_interruption(ma
         assert ended_by_patience(study, ticket.number, 5)
         assert ticket.value == study.ledger.reports(ticket.id)[-1].value
         assert ticket.reason == "no better fitness for 5 epochs: ended by patience"
-        assert (study.runs / NAME / "trials" / f"{ticket.number:05d}" / "best.safetensors").is_file()
+        if ticket.number == 0:
+            (file,) = study.weights(0)
+            last = study.ledger.reports(ticket.id)[-1]
+            assert file.name.startswith(f"weights-{last.epoch + 1:04d}-{last.attempt:04d}-")
     assert [trial.state for trial in study.optuna_trials()] == [TrialState.COMPLETE] * 2
     run = study.mlflow_runs()["trial-00001"]
     assert (run.info.status, run.data.tags["yolosearch.state"]) == ("FINISHED", "COMPLETE")

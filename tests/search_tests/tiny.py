@@ -116,6 +116,10 @@ class TinyStudy:
     def tickets(self) -> tuple[Ticket, ...]:
         return self.ledger.tickets(NAME)
 
+    def weights(self, number: int) -> list[Path]:
+        """What is kept of a trial's trained weights."""
+        return sorted((self.runs / NAME / "trials" / f"{number:05d}").glob("weights-*.safetensors"))
+
     def states(self) -> list[TicketState]:
         return [ticket.state for ticket in self.tickets()]
 
