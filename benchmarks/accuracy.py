@@ -1,11 +1,11 @@
 """Whether training here ends where YOLOv5's own ends: final fitness over several seeds, against YOLOv5's figures.
 
-Each seed is one lone training on BCCD from the official yolov5n weights: 160 pixels, batch 16, 30 epochs, YOLOv5's default
-("low") hyperparameters, float32, the last epoch's moving average. YOLOv5's figures for seeds 0 to 7 were measured with its own
-`train.py` and the same settings. The last line is the difference of the means with its 95 % interval (Welch): the two agree if
-the interval contains 0 and the difference is below 0.015.
+Each seed is one lone training on BCCD from the official yolov5n weights: 160 pixels, batch 16, 30 epochs, YOLOv5's
+default ("low") hyperparameters, float32, the last epoch's moving average. YOLOv5's figures for seeds 0 to 7 were
+measured with its own `train.py` and the same settings. The last line is the difference of the means with its 95 %
+interval (Welch): the two agree if the interval contains 0 and the difference is below 0.015.
 
-Seeds whose results lie in the `--results` folder are not trained again, so that a long comparison may be made in pieces.
+Seeds whose results lie in the `--results` folder are not trained again: a long comparison may be made in pieces.
 
     python benchmarks/accuracy.py --data fixtures/data/bccd --weights fixtures/weights/yolov5n.pt
     python benchmarks/accuracy.py --seeds 0,1 --results runs/accuracy ...

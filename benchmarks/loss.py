@@ -1,9 +1,9 @@
 """What sharing saves in the loss: forward and backward of the loss core for K slots, against a plain eager loss.
 
-The rival is the same formulas (docs/loss.md) as one would write them for one model: targets filtered with boolean masks,
-level by level, one call per term. It runs with K=1, as every lone training does. The shared core is timed with its
-assignment, since the rival's matching is part of its time too. The best of several rounds, taken in turn, counts. The
-last line is the rival's time over the core's time per slot at K=8.
+The rival is the same formulas (docs/loss.md) as one would write them for one model: targets filtered with boolean
+masks, level by level, one call per term. It runs with K=1, as every lone training does. The shared core is timed with
+its assignment, since the rival's matching is part of its time too. The best of several rounds, taken in turn, counts.
+The last line is the rival's time over the core's time per slot at K=8.
 
     python benchmarks/loss.py --quick
 """

@@ -1,13 +1,13 @@
 """What one training step costs, part by part, against the same recipe written the usual way.
 
-BCCD, 160 pixels, batch 16, yolov5n from the official weights. "Plain" is a stand-in for an ordinary trainer, written here: one model
-of torch's own layers in NCHW float32, the loss with boolean masks (benchmarks/loss.py), torch.optim.SGD over parameters, a moving
-average tensor by tensor; it is fed by our loader, whose time counts for neither side's ratio but is shown. Both train in turn, epoch
-by epoch, in this process; the best epoch of each counts. YOLOv5's own figures, measured on a 2-core machine with AVX512-bf16, are
-printed beside them; other machines differ, so the ratio that counts is the one within a run.
+BCCD, 160 pixels, batch 16, yolov5n from the official weights. "Plain" is a stand-in for an ordinary trainer, written
+here: one model of torch's own layers in NCHW float32, the loss with boolean masks (benchmarks/loss.py), torch.optim.SGD
+over parameters, a moving average tensor by tensor; both are fed by our loader. They train in turn, epoch by epoch, in
+this process, and the best epoch of each counts. YOLOv5's own figures, measured on a 2-core machine with AVX512-bf16,
+are printed beside them; other machines differ, so the ratio that counts is the one within a run.
 
-`--yolov5 PATH` names a checkout of YOLOv5: its `train.py` is run by its command line in turn with ours, on the same data and
-settings, and the ratio of the seconds per epoch is printed.
+`--yolov5 PATH` names a checkout of YOLOv5: its `train.py` is run by its command line in turn with ours, on the same
+data and settings, and the ratio of the seconds per epoch is printed.
 
     python benchmarks/step.py --quick
     python benchmarks/step.py --data fixtures/data/bccd --weights fixtures/weights/yolov5n.pt --yolov5 ~/yolov5

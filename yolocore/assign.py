@@ -42,12 +42,32 @@ class LevelAssignment:
     winner: Tensor
     """[B*A*H*W] int64, the last valid row that claims the cell, or -1."""
 
+    def wins(self) -> Tensor:
+        """[N] bool, whether the row is the one that its cell keeps: valid, and no later row claims the cell."""
+        order = torch.arange(self.cell.shape[0], device=self.cell.device)
+        last = self.winner.index_select(0, self.cell.clamp(max=self.winner.shape[0] - 1))
+        return self.valid & (last == order)
+
+    def matched(self) -> "LevelAssignment":
+        """The same level without the rows that do not match. Waits for the device."""
+        if not len(self.valid):
+            return self
+        kept = self.valid.nonzero().squeeze(1)
+        renumbered = (self.valid.cumsum(0) - 1).index_select(0, self.winner.clamp(min=0))
+        rows = (self.image, self.anchor, self.row, self.column, self.cell, self.box, self.cls, self.anchor_size)
+        selected = [values.index_select(0, kept) for values in (*rows, self.valid)]
+        return LevelAssignment(*selected, self.count, torch.where(self.winner >= 0, renumbered, -1))
+
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
     """The assignment of a batch, level by level."""
 
     levels: tuple[LevelAssignment, ...]
+
+    def matched(self) -> "Assignment":
+        """The same assignment without the rows that do not match, in their order. Waits for the device."""
+        return Assignment(tuple(level.matched() for level in self.levels))
 
 
 @torch.no_grad()

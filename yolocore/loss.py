@@ -148,23 +148,54 @@ def detection_loss(
         balance: [K, L] weight of each level in the objectness; None for YOLOv5's constants.
     """
     dtype = torch.float64 if predictions[0].dtype == torch.float64 else torch.float32
+    if predictions[0].device.type == "cpu":
+        # A device would have to be waited for; here it is free to know how many rows match, and most do not.
+        assignment = assignment.matched()
     with torch.autocast(predictions[0].device.type, enabled=False):
         weights = weights.to(dtype=dtype)
-        objectness, rows = _read_predictions(predictions, assignment, dtype)
-        offsets, _, logits = rows.split_with_sizes((4, 1, rows.shape[-1] - 5), dim=-1)
-        iou = matched_iou(offsets, assignment)
-        box = _match_mean(1 - iou, assignment).sum(dim=-1)
-        levels = torch.stack(
-            [
-                _objectness_loss(logit, objectness_targets(iou[:, i], assignment.levels[i].winner), weights)
-                for i, logit in enumerate(objectness)
-            ]
-        )
+        rows = _Rows.of(assignment, dtype)
+        objectness, outputs = _read_predictions(predictions, assignment, rows, dtype)
+        offsets, centre, logits = outputs.split_with_sizes((4, 1, outputs.shape[-1] - 5), dim=-1)
+        iou = matched_iou(offsets, rows.anchor_size, rows.box)
+        box = rows.mean(1 - iou)
+        levels = _objectness_losses(objectness, centre.squeeze(-1), iou, assignment, weights)
         obj = _balanced(levels, balance)
-        cls = _class_loss(logits, assignment, weights) if logits.shape[-1] > 1 else torch.zeros_like(box)
+        cls = _class_loss(logits, rows, weights) if logits.shape[-1] > 1 else torch.zeros_like(box)
         weighted = torch.stack((box * weights.box, obj * weights.obj, cls * weights.cls), dim=-1)
         total = weighted.sum(dim=-1) * predictions[0].shape[1]
     return LossComponents(box=box, obj=obj, cls=cls, weighted=weighted, total=total, obj_levels=levels)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """The rows of all levels, one level behind the other: M = the sum of their N."""
+
+    anchor_size: Tensor
+    """[M, 2] grid units."""
+    box: Tensor
+    """[M, 4] grid units."""
+    cls: Tensor
+    """[M] int64."""
+    valid: Tensor
+    """[M] bool."""
+    share: Tensor
+    """[M] weight of the row in the sum over levels of the means over a level's matches."""
+
+    @classmethod
+    def of(cls, assignment: Assignment, dtype: torch.dtype) -> "_Rows":
+        levels = assignment.levels
+        share = [(level.valid / level.count.clamp(min=1)).to(dtype) for level in levels]
+        return cls(
+            torch.cat([level.anchor_size for level in levels]).to(dtype),
+            torch.cat([level.box for level in levels]).to(dtype),
+            torch.cat([level.cls for level in levels]),
+            torch.cat([level.valid for level in levels]),
+            torch.cat(share),
+        )
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean over the matches of each level, 0 for a level without, summed over levels: [K, M] to [K]."""
+        return (torch.where(self.valid, values, 0.0) * self.share).sum(dim=-1)
 
 
 def update_balance(balance: Tensor, obj_levels: Tensor) -> Tensor:
@@ -182,21 +213,20 @@ def update_balance(balance: Tensor, obj_levels: Tensor) -> Tensor:
     return moved / moved[:, reference : reference + 1]
 
 
-def matched_iou(offsets: Tensor, assignment: Assignment) -> Tensor:
+def matched_iou(offsets: Tensor, anchor_size: Tensor, box: Tensor) -> Tensor:
     """CIoU of what the matched cells predict with the objects they were matched to.
 
     Args:
-        offsets: [K, L, N, 4] raw (tx, ty, tw, th) of the assignment's rows.
-        assignment: the rows.
+        offsets: [K, N, 4] raw (tx, ty, tw, th) of an assignment's rows.
+        anchor_size: [N, 2] width and height of the rows' anchors, grid units.
+        box: [N, 4] the rows' objects, centre relative to the cell's corner and size, grid units.
 
     Returns:
-        [K, L, N]; finite and meaningless where the row is not valid.
+        [K, N]; finite and meaningless where the row is not valid.
     """
-    anchors = torch.stack([level.anchor_size for level in assignment.levels]).to(offsets.dtype)
-    objects = torch.stack([level.box for level in assignment.levels]).to(offsets.dtype)
     activated = offsets.sigmoid() * 2
     centre, size = activated.split_with_sizes((2, 2), dim=-1)
-    return ciou(torch.cat((centre - 0.5, size.square() * anchors), dim=-1), objects)
+    return ciou(torch.cat((centre - 0.5, size.square() * anchor_size), dim=-1), box)
 
 
 def objectness_targets(iou: Tensor, winner: Tensor) -> Tensor:
@@ -252,23 +282,59 @@ def _elementwise_loss(logits: Tensor, target: Tensor, pos_weight: Tensor, gamma:
     return torch.where(gamma > 0, loss * focal_factor(logits, target, gamma), loss)
 
 
-def _objectness_loss(logits: Tensor, target: Tensor, weights: LossWeights) -> Tensor:
+def _objectness_losses(
+    dense: Sequence[Tensor], centre: Tensor, iou: Tensor, assignment: Assignment, weights: LossWeights
+) -> Tensor:
+    """Objectness of each level without balance, [L, K].
+
+    Args:
+        dense: L tensors [K, B*A*H*W], the logits of all cells.
+        centre: [K, M] the logits of the matched cells, once more.
+        iou: [K, M] of the rows.
+        assignment: whose rows these are.
+        weights: of the K slots.
+    """
+    sizes = [len(level.valid) for level in assignment.levels]
+    parts = zip(dense, centre.split(sizes, 1), iou.split(sizes, 1), assignment.levels, strict=True)
+    levels = []
+    for cells, rows, overlap, level in parts:
+        loss = _plain_objectness(cells, rows, overlap, level.wins(), weights)
+        if weights.uses_focal:
+            loss = torch.where(weights.fl_gamma > 0, _focal_objectness(cells, overlap, level.winner, weights), loss)
+        levels.append(loss)
+    return torch.stack(levels)
+
+
+def _focal_objectness(logits: Tensor, iou: Tensor, winner: Tensor, weights: LossWeights) -> Tensor:
     """Mean over the cells [K, B*A*H*W] of one level: [K]."""
+    target = objectness_targets(iou, winner)
     pos_weight, gamma = weights.obj_pw[:, None], weights.fl_gamma[:, None]
     return _elementwise_loss(logits, target, pos_weight, gamma, weights.uses_focal).mean(dim=-1)
 
 
-def _class_loss(logits: Tensor, assignment: Assignment, weights: LossWeights) -> Tensor:
-    """Mean over the matches and classes of a level, summed over levels: [K, L, N, C] to [K]."""
+def _plain_objectness(logits: Tensor, centre: Tensor, iou: Tensor, wins: Tensor, weights: LossWeights) -> Tensor:
+    """The same without focal loss.
+
+    Nearly all cells have the target 0, where the loss is log(1+e^x) alone. So that is summed over all cells, and the
+    few with a target are set right by their row: y (w log(1+e^-x) - log(1+e^x)).
+    """
+    everywhere = F.softplus(logits, threshold=SOFTPLUS_THRESHOLD).sum(dim=-1)
+    negative = F.softplus(centre, threshold=SOFTPLUS_THRESHOLD)
+    positive = F.softplus(-centre, threshold=SOFTPLUS_THRESHOLD) * weights.obj_pw[:, None]
+    target = torch.where(wins, iou.detach().clamp(min=0), 0.0)
+    return (everywhere + (target * (positive - negative)).sum(dim=-1)) / logits.shape[-1]
+
+
+def _class_loss(logits: Tensor, rows: _Rows, weights: LossWeights) -> Tensor:
+    """Mean over the matches and classes of a level, summed over levels: [K, M, C] to [K]."""
     K, num_classes = logits.shape[0], logits.shape[-1]
-    classes = torch.stack([level.cls for level in assignment.levels])
-    is_class = classes[..., None] == torch.arange(num_classes, device=logits.device)
-    off = weights.label_smoothing.view(K, 1, 1, 1) / 2
+    is_class = rows.cls[:, None] == torch.arange(num_classes, device=logits.device)
+    off = weights.label_smoothing.view(K, 1, 1) / 2
     target = torch.where(is_class, 1 - off, off)
-    pos_weight = weights.cls_pw.reshape(K, 1, 1, -1)
-    gamma = weights.fl_gamma.view(K, 1, 1, 1)
+    pos_weight = weights.cls_pw.reshape(K, 1, -1)
+    gamma = weights.fl_gamma.view(K, 1, 1)
     loss = _elementwise_loss(logits, target, pos_weight, gamma, weights.uses_focal)
-    return _match_mean(loss.mean(dim=-1), assignment).sum(dim=-1)
+    return rows.mean(loss.mean(dim=-1))
 
 
 def _balanced(levels: Tensor, balance: Tensor | None) -> Tensor:
@@ -280,27 +346,20 @@ def _balanced(levels: Tensor, balance: Tensor | None) -> Tensor:
     return torch.stack([level * constant for level, constant in zip(levels, constants, strict=True)]).sum(dim=0)
 
 
-def _match_mean(values: Tensor, assignment: Assignment) -> Tensor:
-    """Mean over the valid rows of each level, 0 for a level without: [K, L, N] to [K, L]."""
-    valid = torch.stack([level.valid for level in assignment.levels])
-    count = torch.stack([level.count for level in assignment.levels]).to(values.dtype)
-    return torch.where(valid, values, 0.0).sum(dim=-1) / count.clamp(min=1)
-
-
 def _read_predictions(
-    predictions: Sequence[Tensor], assignment: Assignment, dtype: torch.dtype
+    predictions: Sequence[Tensor], assignment: Assignment, rows: _Rows, dtype: torch.dtype
 ) -> tuple[list[Tensor], Tensor]:
-    """Objectness of every cell, L tensors [K, B*A*H*W], and the raw outputs of the matched cells, [K, L, N, 5+C].
+    """Objectness of every cell, L tensors [K, B*A*H*W], and the raw outputs of the matched cells, [K, M, 5+C].
 
     Rows that are not valid read as 0 and pass no gradient back. Together with the mask after the loss this is the
     "double where": neither a NaN in a cell that nobody matched nor one that arises behind it reaches the gradient.
     """
-    objectness, rows = [], []
+    objectness, outputs = [], []
     for prediction, level in zip(predictions, assignment.levels, strict=True):
         dense, matched = _ReadCells.apply(prediction, level.image, level.anchor, level.row, level.column)
         objectness.append(dense.to(dtype))
-        rows.append(torch.where(level.valid[:, None], matched.to(dtype), 0.0))
-    return objectness, torch.stack(rows, dim=1)
+        outputs.append(matched)
+    return objectness, torch.where(rows.valid[:, None], torch.cat(outputs, dim=1).to(dtype), 0.0)
 
 
 class _ReadCells(torch.autograd.Function):

@@ -39,15 +39,32 @@ def test_assign_targets_golden_case_is_exact_in_order(name: str) -> None:
 def test_objectness_targets_golden_case_last_row_wins(name: str) -> None:
     case = load_case(name)
     assignment, predictions = case.assignment(), case.predictions
-    offsets = [
-        p[:, m.image, m.anchor, m.row, m.column, :4] for p, m in zip(predictions, assignment.levels, strict=True)
-    ]
-    valid = torch.stack([level.valid for level in assignment.levels])
-    iou = matched_iou(torch.where(valid[..., None], torch.stack(offsets, dim=1), 0.0), assignment)
-    for i, level in enumerate(assignment.levels):
+    for i, (p, m) in enumerate(zip(predictions, assignment.levels, strict=True)):
+        offsets = p[:, m.image, m.anchor, m.row, m.column, :4]
+        iou = matched_iou(torch.where(m.valid[:, None], offsets, 0.0), m.anchor_size, m.box)
         expected = torch.from_numpy(case.arrays[f"tobj_{i}"])
-        actual = objectness_targets(iou[:, i], level.winner).view(expected.shape)
+        actual = objectness_targets(iou, m.winner).view(expected.shape)
         torch.testing.assert_close(actual, expected, atol=1e-6, rtol=0)
+
+
+def test_level_assignment_matched_drops_rows_and_renumbers_the_winners() -> None:
+    for level in load_case("crowded_duplicates").assignment(96).levels:
+        short = level.matched()
+        for key in ("image", "anchor", "row", "column", "cell", "box", "cls", "anchor_size"):
+            assert torch.equal(getattr(short, key), getattr(level, key)[level.valid])
+        assert len(short.valid) == int(level.count)
+        claimed = level.winner >= 0
+        assert torch.equal(short.winner >= 0, claimed)
+        assert torch.equal(short.cell[short.winner[claimed]], claimed.nonzero().squeeze(1))
+        assert torch.equal(short.wins(), level.wins()[level.valid])
+
+
+def test_level_assignment_wins_is_true_once_for_every_claimed_cell() -> None:
+    levels = load_case("crowded_duplicates").assignment(96).levels
+    for level in levels:
+        wins = level.wins().nonzero().squeeze(1)
+        assert wins.tolist() == sorted(level.winner[level.winner >= 0].tolist())
+    assert sum(int(level.wins().sum()) for level in levels) < sum(int(level.count) for level in levels)
 
 
 def test_assign_targets_more_padding_changes_no_valid_row() -> None:
