@@ -319,7 +319,7 @@ def compare(
 ) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
     """Milliseconds by part of each contender's best epoch, and seconds of the best validation of each precision."""
     data = TrainingData.load(config, Hyperparameters())
-    weights = start_weights(config, data.num_classes)
+    weights = start_weights(config, data.num_classes).state
     ours = {p: OurTrainer(replace(config, precision=p), data, weights) for p in precisions}
     anchors = next(iter(ours.values())).pack.model.anchors
     trainers = {"plain fp32": PlainTrainer(config, data, weights, anchors)} | {f"ours {p}": o for p, o in ours.items()}

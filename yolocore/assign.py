@@ -4,6 +4,7 @@ An assignment depends on the labels and the anchors alone, so one serves every s
 stay in place with `valid` False, because dropping them would need their number on the host.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -54,9 +55,9 @@ class LevelAssignment:
             return self
         kept = self.valid.nonzero().squeeze(1)
         renumbered = (self.valid.cumsum(0) - 1).index_select(0, self.winner.clamp(min=0))
-        rows = (self.image, self.anchor, self.row, self.column, self.cell, self.box, self.cls, self.anchor_size)
-        selected = [values.index_select(0, kept) for values in (*rows, self.valid)]
-        return LevelAssignment(*selected, self.count, torch.where(self.winner >= 0, renumbered, -1))
+        rows = ("image", "anchor", "row", "column", "cell", "box", "cls", "anchor_size", "valid")
+        selected = {name: getattr(self, name).index_select(0, kept) for name in rows}
+        return dataclasses.replace(self, **selected, winner=torch.where(self.winner >= 0, renumbered, -1))
 
 
 @dataclass(frozen=True, slots=True)

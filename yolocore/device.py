@@ -1,15 +1,22 @@
 """Which device to train on, and in which precision."""
 
+import ctypes
+import functools
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from yolocore.errors import DeviceError
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
 _DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_LARGEST_KEPT_BLOCK, _LARGEST_KEPT_HEAP = 2**28, 2**29
 
 
 def available_devices() -> tuple[str, ...]:
@@ -78,3 +85,40 @@ def _cpu_has_bfloat16() -> bool:
     """Whether the CPU multiplies bfloat16 itself (AVX512-BF16 or AMX)."""
     found = torch.cpu.get_capabilities()
     return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+
+
+@functools.cache
+def keep_freed_memory() -> bool:
+    """Let this process reuse the memory of large tensors instead of handing it back after every operation.
+
+    On the CPU torch takes each tensor from malloc, and glibc gives blocks above 32 MB, and the end of its heap, back to
+    the system at once: every step then faults in hundreds of megabytes of zeroed pages anew. At most half a gigabyte
+    stays with the process.
+
+    Returns:
+        Whether the C library took the advice; only glibc knows it.
+    """
+    try:
+        advise = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return False
+    return bool(advise(_M_MMAP_THRESHOLD, _LARGEST_KEPT_BLOCK)) and bool(advise(_M_TRIM_THRESHOLD, _LARGEST_KEPT_HEAP))
+
+
+def images_as_input(images: Tensor, dtype: torch.dtype) -> Tensor:
+    """Pixels 0..255 as the fractions 0..1 that the network takes, in one copy.
+
+    Args:
+        images: uint8 [B, 3, H, W].
+        dtype: of the result; bfloat16 and float16 get what float32 would be rounded to.
+
+    Returns:
+        [B, 3, H, W], channels last (but for float64, which has no kernels for it).
+    """
+    layout = torch.contiguous_format if dtype == torch.float64 else torch.channels_last
+    return images.to(dtype, memory_format=layout).div_(255)
+
+
+def compute_dtype(precision: Precision) -> torch.dtype | None:
+    """The type that autocast computes convolutions in; None where there is no autocast."""
+    return _DTYPES.get(precision)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from yolocore.assign import assign_targets
 from yolocore.data.loader import Batch, ImageInfo
-from yolocore.device import Precision, autocast
+from yolocore.device import Precision, autocast, compute_dtype, images_as_input
 from yolocore.loss import LossWeights, detection_loss
 from yolocore.metrics import IOU_THRESHOLDS, DetectionMetrics, match_detections, summarise
 from yolocore.model import YOLOv5
@@ -51,7 +51,7 @@ def evaluate(
     try:
         with torch.no_grad():
             for batch in loader:
-                images = batch.images.to(device, non_blocking=True).to(dtype) / 255
+                images = images_as_input(batch.images.to(device, non_blocking=True), compute_dtype(precision) or dtype)
                 with autocast(device, precision):
                     raw = model(images)
                 decoded = decode(raw, model.anchors, model.strides)

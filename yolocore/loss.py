@@ -295,7 +295,9 @@ def _objectness_losses(
         weights: of the K slots.
     """
     sizes = [len(level.valid) for level in assignment.levels]
-    parts = zip(dense, centre.split(sizes, 1), iou.split(sizes, 1), assignment.levels, strict=True)
+    parts = zip(
+        dense, centre.split_with_sizes(sizes, 1), iou.split_with_sizes(sizes, 1), assignment.levels, strict=True
+    )
     levels = []
     for cells, rows, overlap, level in parts:
         loss = _plain_objectness(cells, rows, overlap, level.wins(), weights)

@@ -5,6 +5,7 @@ Both take a stack: `decode` keeps the slot axis K, and `nms` works on images one
 """
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -163,12 +164,21 @@ def _suppress(candidates: _Candidates, iou: float, max_det: int, offset: float) 
         rows = candidates.best(pending, limit)
         shifted = rows[..., :4] + rows[..., 5:6] * offset
         unfilled = []
-        for i, image in enumerate(pending):
-            count = min(limit, totals[image])
-            keep = torchvision.ops.nms(shifted[i, :count], rows[i, :count, 4], iou)
+        counts = [min(limit, totals[image]) for image in pending]
+        inputs = [(shifted[i, :count], rows[i, :count, 4], iou) for i, count in enumerate(counts)]
+        for i, (image, count, keep) in enumerate(zip(pending, counts, _nms_each(inputs), strict=True)):
             if len(keep) < max_det and count < totals[image]:
                 unfilled.append(image)
             else:
                 found[image] = rows[i, keep[:max_det]]
         pending, limit = unfilled, 2 * limit
     return found
+
+
+def _nms_each(inputs: Sequence[tuple[Tensor, Tensor, float]]) -> list[Tensor]:
+    """Torchvision's NMS of each image; on the CPU in as many threads as torch uses, as it takes only one by itself."""
+    threads = torch.get_num_threads()
+    if threads == 1 or len(inputs) == 1 or inputs[0][0].device.type != "cpu":
+        return [torchvision.ops.nms(*one) for one in inputs]
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(lambda one: torchvision.ops.nms(*one), inputs))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from yolocore.assign import assign_targets
-from yolocore.device import Precision, autocast
+from yolocore.device import Precision, autocast, compute_dtype, images_as_input, keep_freed_memory
 from yolocore.errors import TrainingError
 from yolocore.hyperparameters import SHARED_KEYS, Hyperparameters
 from yolocore.loss import DEFAULT_BALANCE, LossComponents, LossWeights, detection_loss, update_balance
@@ -124,6 +124,8 @@ class Pack:
         self.batches_per_epoch = batches_per_epoch
         self.device = device
         self.precision = precision
+        if device.type == "cpu":
+            keep_freed_memory()
         self._assemble(slots)
 
     def _assemble(self, slots: Sequence[PackSlot]) -> None:
@@ -246,9 +248,7 @@ class Pack:
         return StepResult(total, items, norm, stepped)
 
     def _loss(self, images: Tensor, targets: Tensor, size: int | None = None) -> LossComponents:
-        pixels = resized(images if images.is_floating_point() else images.to(self.dtype) / 255, size)
-        if self.dtype == torch.float32:
-            pixels = pixels.contiguous(memory_format=torch.channels_last)
+        pixels = self._pixels(images, size)
         height, width = pixels.shape[-2:]
         grids = [(height // stride, width // stride) for stride in STRIDES]
         threshold = self.hyperparameters[0].anchor_t
@@ -256,6 +256,14 @@ class Pack:
         with autocast(self.device, self.precision):
             predictions: list[Tensor] = self.model(pixels)
         return detection_loss(predictions, assignment, self.loss_weights, self.balance)
+
+    def _pixels(self, images: Tensor, size: int | None) -> Tensor:
+        """Images as the network takes them; straight in autocast's type unless they are resized first."""
+        if images.is_floating_point():
+            pixels = resized(images, size)
+            return pixels.contiguous(memory_format=torch.channels_last) if self.dtype == torch.float32 else pixels
+        dtype = (compute_dtype(self.precision) if size is None else None) or self.dtype
+        return resized(images_as_input(images, dtype), size)
 
     def _optimise(self, rates: Tensor, stepped: tuple[bool, ...]) -> Tensor:
         norm = row_norms(self.optimizer.collect()) / self._loss_scale
