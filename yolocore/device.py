@@ -119,6 +119,9 @@ def images_as_input(images: Tensor, dtype: torch.dtype) -> Tensor:
     return images.to(dtype, memory_format=layout).div_(255)
 
 
-def compute_dtype(precision: Precision) -> torch.dtype | None:
-    """The type that autocast computes convolutions in; None where there is no autocast."""
-    return _DTYPES.get(precision)
+def input_dtype(device: torch.device, precision: Precision, weights: torch.dtype) -> torch.dtype:
+    """The type in which images best enter the network: autocast's on the CPU, where another copy costs time.
+
+    Elsewhere that of the weights, which is right with and without autocast (torch ignores CUDA's on a host without it).
+    """
+    return _DTYPES.get(precision, weights) if device.type == "cpu" else weights

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from yolocore.assign import assign_targets
 from yolocore.data.loader import Batch, ImageInfo
-from yolocore.device import Precision, autocast, compute_dtype, images_as_input
+from yolocore.device import Precision, autocast, images_as_input, input_dtype
 from yolocore.loss import LossWeights, detection_loss
 from yolocore.metrics import IOU_THRESHOLDS, DetectionMetrics, match_detections, summarise
 from yolocore.model import YOLOv5
@@ -46,12 +46,13 @@ def evaluate(
     """
     dtype = model.anchors.dtype
     evaluation = Evaluation(model.num_slots, weights.to(device, dtype), model.anchors, anchor_threshold)
+    entering = input_dtype(device, precision, dtype)
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
             for batch in loader:
-                images = images_as_input(batch.images.to(device, non_blocking=True), compute_dtype(precision) or dtype)
+                images = images_as_input(batch.images.to(device, non_blocking=True), entering)
                 with autocast(device, precision):
                     raw = model(images)
                 decoded = decode(raw, model.anchors, model.strides)

@@ -5,7 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from yolocore.device import autocast, available_devices, resolve_device, resolve_precision, supported_precisions
+from yolocore.device import (
+    autocast,
+    available_devices,
+    images_as_input,
+    input_dtype,
+    resolve_device,
+    resolve_precision,
+    supported_precisions,
+)
 from yolocore.errors import DeviceError
 from yolocore.model import YOLOv5
 
@@ -69,3 +77,18 @@ def test_autocast_gives_the_named_precision() -> None:
         with autocast(CPU, "bf16"):
             assert {o.dtype for o in model(images)} == {torch.bfloat16}
         assert {o.dtype for o in model(images)} == {torch.float32}
+
+
+def test_images_as_input_bf16_equals_rounded_float32_division() -> None:
+    images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(2, 3, 16, 16)
+    expected = images.float() / 255
+    assert torch.equal(images_as_input(images, torch.float32), expected)
+    assert torch.equal(images_as_input(images, torch.bfloat16), expected.bfloat16())
+    assert images_as_input(images, torch.float32).is_contiguous(memory_format=torch.channels_last)
+    assert images_as_input(images, torch.float64).is_contiguous()
+
+
+def test_input_dtype_is_autocasts_on_the_cpu_alone() -> None:
+    assert input_dtype(torch.device("cpu"), "bf16", torch.float32) == torch.bfloat16
+    assert input_dtype(torch.device("cpu"), "fp32", torch.float64) == torch.float64
+    assert input_dtype(torch.device("cuda:0"), "fp16", torch.float32) == torch.float32

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from yolocore.assign import assign_targets
-from yolocore.device import Precision, autocast, compute_dtype, images_as_input, keep_freed_memory
+from yolocore.device import Precision, autocast, images_as_input, input_dtype, keep_freed_memory
 from yolocore.errors import TrainingError
 from yolocore.hyperparameters import SHARED_KEYS, Hyperparameters
 from yolocore.loss import DEFAULT_BALANCE, LossComponents, LossWeights, detection_loss, update_balance
@@ -262,7 +262,7 @@ class Pack:
         if images.is_floating_point():
             pixels = resized(images, size)
             return pixels.contiguous(memory_format=torch.channels_last) if self.dtype == torch.float32 else pixels
-        dtype = (compute_dtype(self.precision) if size is None else None) or self.dtype
+        dtype = input_dtype(self.device, self.precision, self.dtype) if size is None else self.dtype
         return resized(images_as_input(images, dtype), size)
 
     def _optimise(self, rates: Tensor, stepped: tuple[bool, ...]) -> Tensor:
