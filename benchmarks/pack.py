@@ -1,10 +1,13 @@
 """What a pack saves: trial-steps per second of K trials in one network, and of the same trials run otherwise.
 
 A step is a whole one: the loader's images, forward, assignment, loss, backward, optimiser, moving average. The rivals,
-a lone trial and one single-thread process per core, are measured in turn over several rounds; the best round of each
-counts, since machines are noisy. The last line is the ratio of the largest pack's throughput to a lone trial's.
+a lone trial and K single-thread processes of one trial each, are measured in turn over several rounds; the best round
+of each counts, since machines are noisy. "frozen" is with `freeze: 10`, the backbone. Peak memory is that of fresh
+processes which hold nothing else; of several processes it is the sum. The last line is the ratio of the largest pack's
+throughput to a lone trial's.
 
     python benchmarks/pack.py --quick
+    python benchmarks/pack.py --sizes 160 --freeze
 """
 
 import argparse
@@ -13,6 +16,7 @@ import multiprocessing
 import resource
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,13 +32,32 @@ from yolocore.training.pack import Pack, PackSlot, fresh_state
 
 BATCH_SIZE = 16
 IMAGES = 128
+STEPS = IMAGES // BATCH_SIZE
+SLOTS = (1, 2, 4, 8)
 
 
-def make_pack(data: Path, image_size: int, slots: int, precision: str) -> tuple[Pack, TrainLoader]:
-    config = TrainConfig(model="n", data=data, image_size=image_size, batch_size=BATCH_SIZE, epochs=10)
-    dataset = load_dataset_config(data)
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What is measured."""
+
+    data: Path
+    image_size: int
+    precision: str
+    freeze: int = 0
+
+
+def make_pack(case: Case, slots: int) -> tuple[Pack, TrainLoader]:
+    config = TrainConfig(
+        model="n",
+        data=case.data,
+        image_size=case.image_size,
+        batch_size=BATCH_SIZE,
+        epochs=10,
+        freeze=case.freeze,
+    )
+    dataset = load_dataset_config(case.data)
     hyp = Hyperparameters()
-    loader = TrainLoader(scan_split(dataset, "train"), hyp, image_size, BATCH_SIZE, stream_seed=0)
+    loader = TrainLoader(scan_split(dataset, "train"), hyp, case.image_size, BATCH_SIZE, stream_seed=0)
     device = resolve_device("auto")
     state = fresh_state(initial_state("n", dataset.num_classes, 0))
     pack = Pack(
@@ -43,7 +66,7 @@ def make_pack(data: Path, image_size: int, slots: int, precision: str) -> tuple[
         num_classes=dataset.num_classes,
         batches_per_epoch=len(loader),
         device=device,
-        precision=resolve_precision(precision, device),
+        precision=resolve_precision(case.precision, device),
     )
     return pack, loader
 
@@ -57,70 +80,102 @@ def epoch_seconds(pack: Pack, loader: TrainLoader, epoch: int) -> float:
     return time.perf_counter() - started
 
 
-def lone_process(
-    arguments: tuple[Path, int, str],
+def in_process(
+    case: Case,
+    slots: int,
+    threads: int,
     start: "multiprocessing.synchronize.Barrier",
-    results: "multiprocessing.Queue[float]",
+    results: "multiprocessing.Queue[tuple[float, float]]",
 ) -> None:
-    torch.set_num_threads(1)
-    data, image_size, precision = arguments
-    pack, loader = make_pack(data, image_size, 1, precision)
+    """Seconds of the second epoch, and the peak memory in MiB, of a process of its own."""
+    torch.set_num_threads(threads)
+    pack, loader = make_pack(case, slots)
     epoch_seconds(pack, loader, 0)
     start.wait()
-    results.put(epoch_seconds(pack, loader, 1))
+    seconds = epoch_seconds(pack, loader, 1)
+    results.put((seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
 
 
-def processes_rate(data: Path, image_size: int, precision: str, count: int) -> float:
-    """Trial-steps per second of `count` single-thread processes with one trial each, side by side."""
+def processes(case: Case, count: int, *, slots: int = 1, threads: int = 1) -> tuple[float, float]:
+    """Trial-steps per second, and the sum of the peak memories in MiB, of processes side by side."""
     context = multiprocessing.get_context("spawn")
     start, results = context.Barrier(count), context.Queue()
-    arguments = (data, image_size, precision)
-    workers = [context.Process(target=lone_process, args=(arguments, start, results)) for _ in range(count)]
+    arguments = (case, slots, threads, start, results)
+    workers = [context.Process(target=in_process, args=arguments) for _ in range(count)]
     for worker in workers:
         worker.start()
-    slowest = max(results.get() for _ in workers)
+    measured = [results.get() for _ in workers]
     for worker in workers:
         worker.join()
-    return count * (IMAGES / BATCH_SIZE) / slowest
+    return count * slots * STEPS / max(seconds for seconds, _ in measured), sum(memory for _, memory in measured)
 
 
-def measure(data: Path, image_size: int, precision: str, sizes: list[int], rounds: int) -> dict[str, float]:
-    packs = {slots: make_pack(data, image_size, slots, precision) for slots in sizes}
-    best = dict.fromkeys(sizes, float("inf"))
+def pack_rates(case: Case, slots: list[int], rounds: int) -> dict[str, float]:
+    packs = {count: make_pack(case, count) for count in slots}
+    best = dict.fromkeys(slots, float("inf"))
     for pack, loader in packs.values():
         epoch_seconds(pack, loader, 0)
     for epoch in range(1, rounds + 1):
-        for slots, (pack, loader) in packs.items():
-            best[slots] = min(best[slots], epoch_seconds(pack, loader, epoch))
-    steps = IMAGES / BATCH_SIZE
-    rates = {f"K={slots}": slots * steps / seconds for slots, seconds in best.items()}
-    cores = torch.get_num_threads()
-    rates[f"{cores} processes"] = max(processes_rate(data, image_size, precision, cores) for _ in range(min(rounds, 2)))
-    return rates
+        for count, (pack, loader) in packs.items():
+            best[count] = min(best[count], epoch_seconds(pack, loader, epoch))
+    return {f"K={count}": count * STEPS / seconds for count, seconds in best.items()}
+
+
+def measure(case: Case, slots: list[int], rivals: list[int], rounds: int) -> dict[str, dict[str, float]]:
+    """Trial-steps per second and MiB by contender."""
+    rates = pack_rates(case, slots, rounds)
+    threads = torch.get_num_threads()
+    memory = {f"K={count}": processes(case, 1, slots=count, threads=threads)[1] for count in slots}
+    for count in rivals:
+        measured = [processes(case, count) for _ in range(min(rounds, 2))]
+        rates[f"{count} processes"] = max(rate for rate, _ in measured)
+        memory[f"{count} processes"] = max(peak for _, peak in measured)
+    return {"rate": rates, "mib": memory}
+
+
+def measure_frozen(case: Case, rounds: int) -> dict[str, float]:
+    """Trial-steps per second with a frozen backbone, by contender."""
+    return {f"frozen {name}": rate for name, rate in pack_rates(case, [1, SLOTS[-1]], rounds).items()}
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="96 pixels, fewer rounds: about a minute")
+    parser.add_argument("--sizes", default="96,160,320", help="image sizes, comma-separated")
+    parser.add_argument("--freeze", action="store_true", help="measure with a frozen backbone too")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
+    return parser.parse_args()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one image size, fewer rounds: about a minute")
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
-    options = parser.parse_args()
-    image_sizes, rounds = ([96], 2) if options.quick else ([96, 160, 320], 4)
-    slots = [1, 2, 4, 8]
-    table: dict[str, dict[str, float]] = {}
+    options = parse()
+    sizes, rounds = ([96], 2) if options.quick else ([int(size) for size in options.sizes.split(",")], 4)
+    cores = torch.get_num_threads()
+    rivals = [cores] if options.quick else sorted({cores, *SLOTS[1:]})
+    table: dict[int, dict[str, dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         data = write_digits(Path(folder) / "digits", spec=DigitsSpec(images_train=IMAGES, images_val=8, canvas=128))
-        for image_size in image_sizes:
-            table[str(image_size)] = measure(data, image_size, options.precision, slots, rounds)
-    ratios = {size: rates[f"K={slots[-1]}"] / rates["K=1"] for size, rates in table.items()}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        for size in sizes:
+            table[size] = measure(Case(data, size, options.precision), list(SLOTS), rivals, rounds)
+            if options.freeze:
+                table[size]["rate"] |= measure_frozen(Case(data, size, options.precision, freeze=10), rounds)
+    largest = f"K={SLOTS[-1]}"
+    ratios = {size: found["rate"][largest] / found["rate"]["K=1"] for size, found in table.items()}
     if options.json:
-        print(json.dumps({"trial_steps_per_second": table, "ratio": ratios, "peak_mib": peak}))
+        print(json.dumps({"measured": table, "ratio": ratios, "cores": cores}))
         return
-    for size, rates in table.items():
-        print(f"{size} px: " + ", ".join(f"{name} {rate:.1f}" for name, rate in rates.items()) + " trial-steps/s")
-    print(f"peak memory of this process: {peak:.0f} MiB")
-    print("K=8 against K=1: " + ", ".join(f"{ratio:.2f} times at {size} px" for size, ratio in ratios.items()))
+    for size, found in table.items():
+        rate, mib = found["rate"], found["mib"]
+        print(f"{size} px: trial-steps/s " + ", ".join(f"{name} {value:.1f}" for name, value in rate.items()))
+        print(f"{size} px: peak MiB " + ", ".join(f"{name} {value:.0f}" for name, value in mib.items()))
+        rival = f"{cores} processes"
+        print(f"{size} px: {largest} against {rival}: {rate[largest] / rate[rival]:.2f} times")
+        if options.freeze:
+            frozen, lone = rate[f"frozen {largest}"], rate["frozen K=1"]
+            against = f"{frozen / lone:.2f} times frozen K=1, {frozen / rate['K=1']:.2f} times K=1"
+            print(f"{size} px: frozen {largest} is {against}")
+    print(f"{largest} against K=1: " + ", ".join(f"{ratio:.2f} times at {size} px" for size, ratio in ratios.items()))
 
 
 if __name__ == "__main__":

@@ -253,9 +253,38 @@ def binary_cross_entropy(logits: Tensor, target: Tensor, pos_weight: Tensor | fl
         target: y in [0, 1], may be a fraction; broadcasts.
         pos_weight: w; broadcasts.
     """
-    negative = F.softplus(logits, threshold=SOFTPLUS_THRESHOLD)
-    positive = F.softplus(-logits, threshold=SOFTPLUS_THRESHOLD) * pos_weight
+    negative = softplus(logits)
+    positive = softplus(-logits) * pos_weight
     return torch.lerp(negative, positive, target)
+
+
+def softplus(x: Tensor) -> Tensor:
+    """Elementwise log(1+e^x), exact in both tails."""
+    if x.device.type == "cpu":
+        exact: Tensor = _HostSoftplus.apply(x)
+        return exact
+    return F.softplus(x, threshold=SOFTPLUS_THRESHOLD)
+
+
+class _HostSoftplus(torch.autograd.Function):
+    """The same in a quarter of the time on the CPU, where log1p is ten times as slow as log.
+
+    log(1+t), t = e^-|x|, is log(u) for the rounded u = 1+t, less what the rounding added, ((u-1)-t)/u.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        t = x.abs().neg_().exp_()
+        u = t + 1
+        added = (u - 1).sub_(t).div_(u)
+        result: Tensor = u.log_().sub_(added).add_(x.clamp(min=0))
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        x: Tensor = ctx.saved_tensors[0]
+        return x.sigmoid().mul_(gradient)
 
 
 def focal_factor(logits: Tensor, target: Tensor, gamma: Tensor) -> Tensor:
@@ -320,9 +349,9 @@ def _plain_objectness(logits: Tensor, centre: Tensor, iou: Tensor, wins: Tensor,
     Nearly all cells have the target 0, where the loss is log(1+e^x) alone. So that is summed over all cells, and the
     few with a target are set right by their row: y (w log(1+e^-x) - log(1+e^x)).
     """
-    everywhere = F.softplus(logits, threshold=SOFTPLUS_THRESHOLD).sum(dim=-1)
-    negative = F.softplus(centre, threshold=SOFTPLUS_THRESHOLD)
-    positive = F.softplus(-centre, threshold=SOFTPLUS_THRESHOLD) * weights.obj_pw[:, None]
+    everywhere = softplus(logits).sum(dim=-1)
+    negative = softplus(centre)
+    positive = softplus(-centre) * weights.obj_pw[:, None]
     target = torch.where(wins, iou.detach().clamp(min=0), 0.0)
     return (everywhere + (target * (positive - negative)).sum(dim=-1)) / logits.shape[-1]
 
