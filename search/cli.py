@@ -108,9 +108,9 @@ def create(study: StudyFile, trials: MoreTrials = None, storage: Storage = None,
 
     Example: yolosearch create my-study.yaml && yolosearch worker my-study
     """
+    plan = plan_of(study, storage, runs_folder(runs_dir))
     from search.launch.prepare import create_or_resume
 
-    plan = plan_of(study, storage, runs_folder(runs_dir))
     created = create_or_resume(plan, more_trials(trials))
     print_plan(plan)
     print_line("study created" if created else "study taken up again", style="dim")

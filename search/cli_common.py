@@ -18,7 +18,7 @@ from search.ledger import Ledger
 from search.paths import StudyFolder, default_runs_dir
 from search.report import StudyStatus, study_status
 from search.tracking import mask_secrets
-from search.worker.existing import open_existing
+from search.worker.existing import open_existing, refuse_shared_database
 
 if TYPE_CHECKING:
     from search.launch.prepare import StudyPlan
@@ -85,10 +85,13 @@ def read_study(study: str, storage: str | None, runs_dir: Path | None) -> tuple[
 
 def plan_of(study: Path, storage: str | None, runs: Path, data: Path | None = None) -> StudyPlan:
     """A study file, checked against its data (`data`: where its YAML lies on this host) and this host."""
+    config = load_study_config(study)
+    url = resolve_storage_url(storage, runs, config.name)
+    # Before torch is imported, which takes seconds.
+    refuse_shared_database(config, url, runs)
     from search.launch.prepare import plan_study
 
-    config = load_study_config(study)
-    return plan_study(config, resolve_storage_url(storage, runs, config.name), runs, data)
+    return plan_study(config, url, runs, data)
 
 
 def more_trials(text: str | None) -> int:

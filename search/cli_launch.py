@@ -233,10 +233,10 @@ def _create(
     study: Path, trials: str | None, storage: str | None, runs: Path, quiet: bool, data: Path | None = None
 ) -> _Job:
     """The study of a file: created, or taken up again."""
-    from search.launch.prepare import create_or_resume
-
     more = more_trials(trials)
     plan = plan_of(study, storage, runs, data)
+    from search.launch.prepare import create_or_resume
+
     created = create_or_resume(plan, more)
     if not quiet:
         print_plan(plan)

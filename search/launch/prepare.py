@@ -18,7 +18,8 @@ from search.paths import StudyFolder
 from search.prepared import Prepared
 from search.space import base_params, grid_points, pack_limit
 from search.study import AskedTrial, check_sampler, create_study, open_storage
-from search.worker.session import data_yaml, refuse_shared_database, study_tracker, versions
+from search.worker.existing import refuse_shared_database
+from search.worker.session import data_yaml, study_tracker, versions
 from yolocore.autoanchor import ENOUGH_RECALL, AnchorFit, AnchorTuple, autoanchor, current_fit
 from yolocore.data.dataset import DatasetConfig, LabelledImage, Split, fingerprint, load_dataset_config, scan_split
 from yolocore.device import resolve_device, resolve_precision

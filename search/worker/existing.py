@@ -1,10 +1,14 @@
-"""Opens a study that exists, without creating anything where it does not."""
+"""What is looked at before anything is opened or created; nothing here imports torch or Optuna."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from search.config import StudyConfig
 from search.database import database_errors, make_engine, mask_url, schema_owner, sqlite_path, wait_until_ready
 from search.errors import UnknownStudyError
 from search.ledger import Ledger
+from search.tracking import default_tracking_uri, refuse_studys_database
 
 OUTAGE_SECONDS = 600.0
 """How long those who work on a study wait for its database before they give up; training goes on meanwhile."""
@@ -38,3 +42,9 @@ def open_existing(storage_url: str, study: str, patience: float = 60.0) -> Ledge
     if owner == "empty":
         raise UnknownStudyError(f"study {study}: {where} holds no studies; {remedy}")
     return Ledger(engine, patience=patience)
+
+
+def refuse_shared_database(config: StudyConfig, storage_url: str, runs_dir: Path) -> None:
+    """Raises TrackingConfigError if MLflow was told to use the study's database, or one of other tables."""
+    if config.tracking.enabled:
+        refuse_studys_database(config.tracking.uri or default_tracking_uri(runs_dir), storage_url)

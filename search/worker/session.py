@@ -21,10 +21,10 @@ from search.ledger import Ledger, StudyRecord
 from search.paths import StudyFolder, data_on_this_host
 from search.prepared import Prepared
 from search.study import load_study, open_worker_storage, warm_up
-from search.tracking import Tracker, default_tracking_uri, open_tracker, refuse_studys_database
+from search.tracking import Tracker, open_tracker
 from search.weights import WeightsStore
 from search.worker.context import WorkerContext
-from search.worker.existing import HANG_SECONDS, OUTAGE_SECONDS, open_existing
+from search.worker.existing import HANG_SECONDS, OUTAGE_SECONDS, open_existing, refuse_shared_database
 from search.worker.host import process_identity
 from search.worker.lease import DEFAULT_LEASE_SECONDS
 from search.worker.mirror import Mirror, MirrorContext
@@ -154,12 +154,6 @@ def study_tracker(config: StudyConfig, runs_dir: Path) -> Tracker:
     """The tracker that a study's settings ask for."""
     tracking = config.tracking
     return open_tracker(enabled=tracking.enabled, uri=tracking.uri, runs_dir=runs_dir, experiment=tracking.experiment)
-
-
-def refuse_shared_database(config: StudyConfig, storage_url: str, runs_dir: Path) -> None:
-    """Raises TrackingConfigError if MLflow was told to use the study's database, or one of other tables."""
-    if config.tracking.enabled:
-        refuse_studys_database(config.tracking.uri or default_tracking_uri(runs_dir), storage_url)
 
 
 @contextmanager
