@@ -768,5 +768,5 @@ def _check_tracking(config: StudyConfig) -> Iterator[Problem]:
 
 
 def shared_keys(config: StudyConfig) -> tuple[str, ...]:
-    """The searched keys that all slots of a pack must share, so that such a study trains one trial at a time."""
+    """The searched keys that all slots of a pack must share: only trials of equal values train together."""
     return tuple(key for key in config.space if key in SHARED_KEYS)

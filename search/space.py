@@ -77,6 +77,21 @@ def hyperparameters(base: Hyperparameters, params: Mapping[str, float]) -> Hyper
     return base.replace(**{key: float(value) for key, value in params.items()})
 
 
+PackKey = tuple[float, ...]
+"""Values of the searched keys that all slots of a pack share."""
+
+
+def pack_key(config: StudyConfig, params: Mapping[str, float]) -> PackKey:
+    """What must be equal in two trials for them to train in one pack; () in most studies, where everything may."""
+    return tuple(float(params[key]) for key in shared_keys(config))
+
+
+def packs_by_value(config: StudyConfig) -> bool:
+    """Whether only trials that agree in some searched keys may share a pack."""
+    return bool(shared_keys(config))
+
+
 def pack_limit(config: StudyConfig) -> int:
-    """How many trials may share a pack: one if their images or their assignment differ, which a pack's slots share."""
-    return 1 if shared_keys(config) or config.train.image_weights else config.train.pack
+    """How many trials may share a pack: one if no two trials will ever agree in what a pack shares."""
+    endless = [key for key in shared_keys(config) if config.space[key].grid() is None]
+    return 1 if endless or config.train.image_weights else config.train.pack

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from search.config import StudyConfig, check_objective, require_resumable
+from search.config import StudyConfig, check_objective, require_resumable, shared_keys
 from search.database import init_lock, make_engine, mask_url, sqlite_path
 from search.errors import StudyConfigError, StudyConflictError, UnknownStudyError
 from search.ledger import Ledger, StudyRecord
@@ -178,10 +178,14 @@ def _labelled_classes(split: Split) -> list[int]:
 
 def _notices(config: StudyConfig, dataset: DatasetConfig, splits: dict[str, Split]) -> Iterator[str]:
     """What a user should know before hours are spent."""
-    if config.train.image_weights and config.train.pack > 1:
+    if config.train.image_weights and config.train.pack != 1:
         yield "train.image_weights: which images are drawn depends on the model, so trials train one at a time"
-    elif pack_limit(config) < config.train.pack:
-        yield "space: a searched key changes the images or the matching of targets, so trials train one at a time"
+    elif shared := ", ".join(shared_keys(config)):
+        reason = f"space: the slots of a pack share {shared}"
+        if pack_limit(config) == 1:
+            yield f"{reason}, and no two trials will agree in it: trials train one at a time; choices would allow packs"
+        else:
+            yield f"{reason}: trials of equal values are packed together, the others wait for a pack of their own"
     if dataset.num_classes == 1 and {"cls", "cls_pw"} & set(config.space):
         yield "space: cls and cls_pw do nothing with one class"
     if config.train.rect and (unused := [key for key in ("mosaic", "mixup", "copy_paste") if key in config.space]):

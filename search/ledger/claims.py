@@ -4,7 +4,7 @@ A transaction that locks rows here has them to itself: PostgreSQL skips rows tha
 looks again at those that changed meanwhile; on SQLite the whole transaction is exclusive (BEGIN IMMEDIATE).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -36,12 +36,13 @@ def claim(
     token: str,
     *,
     joining: bool = False,
+    accept: Callable[[Ticket], bool] | None = None,
 ) -> tuple[Ticket, ...]:
     """Leases up to `limit` tickets.
 
     Started tickets go first, so that interrupted trials end before new ones begin; then by number. A ticket on its last
     chance is claimed alone and never to join others, so that a trial that kills its worker cannot spend the last chance
-    of its neighbours.
+    of its neighbours. With `accept`, of those that join only the ones for which it holds.
 
     Raises:
         UnknownStudyError, StudyStoppedError.
@@ -58,6 +59,8 @@ def claim(
         others = _stalled_if_taken < MAX_STALLED - 1
         if first is not None:
             others &= _columns.id != first.id
+        if accept is not None:
+            others &= _columns.id.in_(_accepted(connection, study, kind, now, accept))
         found = _lock_claimable(connection, study, kind, now, limit - len(chosen), others)
         chosen.extend(_end_expired(connection, ticket) for ticket in found)
     if chosen:
@@ -85,15 +88,25 @@ def _lock_claimable(
 ) -> list[Ticket]:
     if limit < 1:
         return []
-    free = (_columns.state == TicketState.WAITING) | (_is_running & (_columns.lease_expires < now))
     query = (
         sa.select(*TICKET_COLUMNS)
-        .where((_columns.study == study) & (_columns.kind == kind) & free & condition)
+        .where(_claimable(study, kind, now) & condition)
         .order_by(sa.case((_columns.epochs_done > 0, 0), else_=1), _columns.number)
         .limit(limit)
         .with_for_update(skip_locked=True)
     )
     return [ticket_of(row) for row in connection.execute(query)]
+
+
+def _claimable(study: str, kind: str, now: float) -> sa.ColumnElement[bool]:
+    free = (_columns.state == TicketState.WAITING) | (_is_running & (_columns.lease_expires < now))
+    return (_columns.study == study) & (_columns.kind == kind) & free
+
+
+def _accepted(connection: Connection, study: str, kind: str, now: float, accept: Callable[[Ticket], bool]) -> list[int]:
+    """Looked for before any is locked: most will not be wanted, and others may claim them meanwhile."""
+    rows = connection.execute(sa.select(*TICKET_COLUMNS).where(_claimable(study, kind, now)))
+    return [ticket.id for ticket in map(ticket_of, rows) if accept(ticket)]
 
 
 def _end_expired(connection: Connection, ticket: Ticket) -> Ticket:

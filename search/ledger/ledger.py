@@ -248,7 +248,15 @@ class Ledger:
     # -- claiming -----------------------------------------------------------------------------------------------------
 
     def claim(
-        self, study: str, worker: str, limit: int, lease_seconds: float, *, kind: str = SEARCH, joining: bool = False
+        self,
+        study: str,
+        worker: str,
+        limit: int,
+        lease_seconds: float,
+        *,
+        kind: str = SEARCH,
+        joining: bool = False,
+        accept: Callable[[Ticket], bool] | None = None,
     ) -> tuple[Ticket, ...]:
         """Leases up to `limit` tickets to `worker`; () if none is free now.
 
@@ -263,6 +271,7 @@ class Ledger:
             lease_seconds: how long a silent worker keeps them.
             kind: which budget.
             joining: they join trials that the worker is training: none that is on its last chance.
+            accept: of those that join, only the ones for which this holds; it is asked about all that are free.
 
         Raises:
             UnknownStudyError: no such study.
@@ -277,7 +286,7 @@ class Ledger:
             # An earlier try may have been committed although its answer was lost.
             earlier = claims.claimed_with(connection, token) if tries > 1 else ()
             return earlier or claims.claim(
-                connection, study, kind, worker, limit, lease_seconds, token, joining=joining
+                connection, study, kind, worker, limit, lease_seconds, token, joining=joining, accept=accept
             )
 
         return self._write(claim) if limit > 0 else ()
@@ -643,6 +652,13 @@ class Ledger:
         complete = (columns.study == study) & (columns.state == TicketState.COMPLETE) & (columns.kind == SEARCH)
         query = sa.select(sa.func.max(columns.value)).where(complete & (columns.finished <= until))
         return self._read(lambda connection: connection.execute(query).scalar())
+
+    def parked(self, study: str) -> int:
+        """How many trials wait for a pack that they fit into: proposed already, and not trained yet."""
+        columns = ticket_table.c
+        waiting = (columns.study == study) & (columns.state == TicketState.WAITING)
+        query = sa.select(sa.func.count()).where(waiting & columns.trial_id.is_not(None) & (columns.epochs_done == 0))
+        return int(self._read(lambda connection: connection.execute(query).scalar_one()))
 
     def progress(self, study: str) -> int:
         """A number that grows with every secured epoch and every ended trial."""

@@ -6,7 +6,8 @@ import logging
 from collections.abc import Callable, Sequence
 
 from search.errors import LeaseLostError, StudyStoppedError
-from search.ledger import Ticket
+from search.ledger import MAX_STALLED, Ticket
+from search.space import PackKey, pack_key, packs_by_value
 from search.worker.context import WorkerContext
 from search.worker.host import release_dead_neighbours
 from search.worker.lease import LeaseKeeper
@@ -14,6 +15,10 @@ from search.worker.linking import link_trial
 from search.worker.mirror import Mirror
 
 logger = logging.getLogger(__name__)
+
+
+PARKED_TRIALS = 8
+"""So many trials may wait for a pack that they fit into before no more are proposed to fill another one."""
 
 
 class Supply:
@@ -31,11 +36,13 @@ class Supply:
     ) -> None:
         self._context = context
         self._ledger = context.ledger
-        self._study = context.config.name
+        self._config = context.config
         self._mirror = mirror
         self._leases = leases
         self._is_over = is_over
         self._claimed: dict[int, Ticket] = {}
+        self._key: PackKey | None = None
+        """What the trials of the pack have to agree in; None where anything goes."""
 
     def first(self, limit: int) -> tuple[Ticket, ...]:
         """Tickets with their trials, for a new pack; none if there are none or it is over.
@@ -43,19 +50,52 @@ class Supply:
         Raises:
             StudyStoppedError: The study gives out no more tickets.
         """
-        return () if self._is_over() else self._with_trials(self._claim(limit, joining=False))
+        self._key = None
+        if self._is_over():
+            return ()
+        if not packs_by_value(self._config):
+            return self._with_trials(self._claim(limit, joining=False))
+        first = self._with_trials(self._claim(1, joining=False))
+        if not first or first[0].stalled_attempts >= MAX_STALLED - 1:
+            return first
+        self._key = self._key_of(first[0])
+        return (*first, *self._fitting(limit - 1))
 
     def more(self, limit: int) -> tuple[Ticket, ...]:
         """Tickets that join a running pack, with their trials. A study that was stopped gives none."""
         if limit < 1 or self._is_over():
             return ()
         # A pack that is refilled may last as long as the study: the dead have to be looked for in between.
-        release_dead_neighbours(self._ledger, self._study)
+        release_dead_neighbours(self._ledger, self._config.name)
         try:
+            if self._key is not None:
+                return self._fitting(limit)
             return self._with_trials(self._claim(limit, joining=True))
         except StudyStoppedError as error:
             logger.warning("no more trials join: %s", error)
             return ()
+
+    def _fitting(self, limit: int) -> tuple[Ticket, ...]:
+        """Tickets whose trials may share the pack: known ones first, then new proposals as long as few are turned away.
+
+        A trial that does not fit is parked: it goes back with its parameters and waits for a pack of its own kind.
+        """
+        found = [*self._with_trials(self._claim(limit, joining=True, accept=self._fits))]
+        for _ in range(limit - len(found)):
+            if self._ledger.parked(self._config.name) >= PARKED_TRIALS:
+                break
+            asked = self._with_trials(self._claim(1, joining=True, accept=_has_no_trial))
+            if not asked:
+                break
+            found += [ticket for ticket in asked if self._fits(ticket)]
+            self.hand_back([ticket for ticket in asked if not self._fits(ticket)])
+        return tuple(found)
+
+    def _fits(self, ticket: Ticket) -> bool:
+        return ticket.params is not None and self._key_of(ticket) == self._key
+
+    def _key_of(self, ticket: Ticket) -> PackKey:
+        return pack_key(self._config, ticket.params or {})
 
     def hand_back(self, tickets: Sequence[Ticket] | None = None) -> None:
         """Gives back those that are still ours and not finished, uncharged, at their last checkpoint.
@@ -71,10 +111,12 @@ class Supply:
             self._mirror.notify(ticket.id)
         self._forget_ended()
 
-    def _claim(self, limit: int, *, joining: bool) -> tuple[Ticket, ...]:
+    def _claim(
+        self, limit: int, *, joining: bool, accept: Callable[[Ticket], bool] | None = None
+    ) -> tuple[Ticket, ...]:
         self._forget_ended()
-        seconds = self._context.lease_seconds
-        tickets = self._ledger.claim(self._study, self._context.worker_id, limit, seconds, joining=joining)
+        name, worker, seconds = self._config.name, self._context.worker_id, self._context.lease_seconds
+        tickets = self._ledger.claim(name, worker, limit, seconds, joining=joining, accept=accept)
         self._claimed.update({ticket.id: ticket for ticket in tickets})
         self._leases.hold(ticket.id for ticket in tickets)
         return tickets
@@ -87,10 +129,14 @@ class Supply:
         linked = []
         for ticket in tickets:
             try:
-                linked.append(link_trial(self._ledger, self._context.study, self._context.config, ticket))
+                linked.append(link_trial(self._ledger, self._context.study, self._config, ticket))
             except LeaseLostError as error:
                 logger.warning("another worker took over: %s", error)
                 self._leases.release([ticket.id])
             else:
                 self._mirror.notify(ticket.id)
         return tuple(linked)
+
+
+def _has_no_trial(ticket: Ticket) -> bool:
+    return ticket.trial_id is None

@@ -264,6 +264,18 @@ def test_claim_joining_leaves_those_on_their_last_chance(ledger: Ledger) -> None
     assert numbers(ledger.claim("s", "u", 4, 60)) == [1]
 
 
+def test_claim_accept_chooses_among_those_that_join(ledger: Ledger) -> None:
+    assert ledger.parked("s") == 0
+    one = ledger.link_trial(claim_one(ledger), 7, 0, {"mosaic": 1.0})
+    ledger.hand_back([one])
+    assert ledger.parked("s") == 1
+    has_params = [ledger.claim("s", "w", 4, 60, joining=True, accept=lambda ticket: ticket.params is not None)]
+    assert [numbers(group) for group in has_params] == [[0]]
+    assert ledger.parked("s") == 0
+    assert ledger.claim("s", "w", 4, 60, joining=True, accept=lambda ticket: ticket.params is not None) == ()
+    assert numbers(ledger.claim("s", "w", 1, 60, joining=True, accept=lambda ticket: ticket.trial_id is None)) == [1]
+
+
 def test_hand_back_is_not_charged_and_keeps_progress(ledger: Ledger) -> None:
     for attempt in range(1, 6):
         ticket = claim_one(ledger)

@@ -7,7 +7,16 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution
 
 from search.config import StudyConfig, parse_study
 from search.errors import StudyConfigError
-from search.space import base_params, complete_params, distributions, grid_points, hyperparameters, pack_limit
+from search.space import (
+    base_params,
+    complete_params,
+    distributions,
+    grid_points,
+    hyperparameters,
+    pack_key,
+    pack_limit,
+    packs_by_value,
+)
 from yolocore.hyperparameters import Hyperparameters
 
 
@@ -100,6 +109,15 @@ def test_hyperparameters_puts_the_parameters_into_the_base() -> None:
     assert (found.lr0, found.box, found.fl_gamma, found.cls) == (0.02, 0.07, 1.0, 0.5)
 
 
-def test_pack_limit_is_one_when_a_searched_key_changes_the_images() -> None:
+def test_pack_limit_is_one_when_no_two_trials_agree_in_what_a_pack_shares() -> None:
     assert pack_limit(study({"box": [0.05, 0.1], "lr0": [0.01, 0.02]}, train={"pack": 6})) == 6
-    assert pack_limit(study({"box": [0.05, 0.1], "anchor_t": [3, 4]}, train={"pack": 6})) == 1
+    assert pack_limit(study({"box": [0.05, 0.1], "anchor_t": [3, 4]}, train={"pack": 6})) == 6
+    assert pack_limit(study({"box": [0.05, 0.1], "anchor_t": {"low": 3, "high": 5}}, train={"pack": 6})) == 1
+
+
+def test_pack_key_holds_the_searched_values_that_a_pack_shares() -> None:
+    plain = study({"box": [0.05, 0.1], "lr0": [0.01, 0.02]})
+    split = study({"mosaic": [0.0, 1.0], "box": [0.05, 0.1], "anchor_t": [3, 4]})
+    params = {"box": 0.1, "mosaic": 1.0, "anchor_t": 4.0, "lr0": 0.01}
+    assert (packs_by_value(plain), packs_by_value(split)) == (False, True)
+    assert (pack_key(plain, params), pack_key(split, params)) == ((), (1.0, 4.0))

@@ -180,6 +180,21 @@ def test_run_worker_freed_slot_takes_the_next_trial_at_once(make: Callable[..., 
     }
 
 
+def test_run_worker_space_that_changes_the_images_packs_trials_of_equal_values(make: Callable[..., TinyStudy]) -> None:
+    study = make(trials=6, space={"mosaic": [0.0, 1.0], "box": {"low": 0.02, "high": 0.2}})
+    study.create()
+
+    study.work()
+
+    # A pack of unequal values would have been refused by the trainer.
+    assert study.states() == [COMPLETE] * 6
+    slots = {ticket.number: study.ledger.reports(ticket.id)[0].metrics["slots"] for ticket in study.tickets()}
+    values = [ticket.params["mosaic"] for ticket in study.tickets() if ticket.params]
+    assert set(values) == {0.0, 1.0}
+    assert max(slots.values()) == 2
+    assert [ticket.stalled_attempts for ticket in study.tickets()] == [0] * 6
+
+
 def test_run_worker_tickets_added_meanwhile_join_the_running_pack(make: Callable[..., TinyStudy]) -> None:
     study = make(trials=1, train={"epochs": 12})
     study.create()
