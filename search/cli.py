@@ -69,6 +69,8 @@ def main() -> None:
     handler = _MaskingHandler(console=err, show_path=False, markup=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     sys.excepthook = _print_masked
+    # What workers have to tell goes into their logs: the packs that they measured.
+    logging.getLogger("search.worker").setLevel(logging.INFO)
     try:
         app()
     except SearchError as error:

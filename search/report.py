@@ -64,6 +64,8 @@ class StudyStatus:
     """Those that were heard of lately."""
     devices: Mapping[str, str]
     """What each worker that has opened the study trains on, by the worker's name."""
+    packs: Mapping[str, int]
+    """How many trials the packs of each live worker have at most, where that is known."""
     best: TrialStatus | None
     base: TrialStatus | None
     slot_epochs: int
@@ -102,6 +104,7 @@ def study_status(ledger: Ledger, config: StudyConfig) -> StudyStatus:
         trials=trials,
         workers=sum(_is_fresh(worker, now) for worker in workers),
         devices={worker.id: worker.device for worker in workers},
+        packs={worker.id: worker.pack for worker in workers if worker.pack is not None and _is_fresh(worker, now)},
         best=max(complete, key=lambda trial: trial.value or 0.0, default=None),
         base=_base(tickets, trials),
         slot_epochs=sum(len(rows) for rows in reports.values()),

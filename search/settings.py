@@ -10,6 +10,9 @@ from pydantic_core import PydanticCustomError
 METRICS = ("fitness", "map50", "map", "precision", "recall", "f1")
 """What an objective may weigh, besides `class_ap:NAME`."""
 
+LARGEST_PACK = 64
+"""Slots that a pack may have."""
+
 CLASS_AP = "class_ap:"
 """Prefix of the objective terms for the AP (mean over IoU 0.50 to 0.95) of one class."""
 
@@ -37,6 +40,16 @@ def _count_or_auto(value: object) -> object:
     if value != "auto" and _whole(value) < 0:
         raise PydanticCustomError("count", "below 0")
     return value
+
+
+def pack_size(value: object) -> int | Literal["auto"]:
+    """`auto`, or how many."""
+    if value == "auto":
+        return "auto"
+    size = _whole(value)
+    if not 1 <= size <= LARGEST_PACK:
+        raise PydanticCustomError("pack", "out of range")
+    return size
 
 
 def choice_list(value: object) -> object:
@@ -162,8 +175,12 @@ class TrainSettings(Section):
     """Frozen layers also keep their BatchNorm statistics; YOLOv5 lets these move."""
     keep_weights: Literal["none", "best", "all"] = "best"
     """Whose trained weights stay: nobody's, those of the base and of the best trial, or those of every complete one."""
-    pack: Annotated[Whole, Field(ge=1, le=64)] = 4
-    """Trials that train together on one device."""
+    pack: Annotated[
+        int | Literal["auto"],
+        PlainValidator(pack_size),
+        Field(json_schema_extra=allowed_text(f"auto, or a whole number from 1 to {LARGEST_PACK}")),
+    ] = "auto"
+    """Trials that train together on one device; auto lets each worker measure which number is the fastest."""
 
 
 class SpaceEntry(Section):

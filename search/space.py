@@ -8,7 +8,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from search.config import StudyConfig, shared_keys
 from search.errors import StudyConfigError
-from search.settings import SpaceEntry
+from search.settings import LARGEST_PACK, SpaceEntry
 from yolocore.hyperparameters import Hyperparameters
 
 
@@ -92,6 +92,10 @@ def packs_by_value(config: StudyConfig) -> bool:
 
 
 def pack_limit(config: StudyConfig) -> int:
-    """How many trials may share a pack: one if no two trials will ever agree in what a pack shares."""
+    """How many trials may share a pack: one if no two trials will ever agree in the keys that a pack shares.
+
+    With `pack: auto` each worker measures how many of these it takes.
+    """
     endless = [key for key in shared_keys(config) if config.space[key].grid() is None]
-    return 1 if endless or config.train.image_weights else config.train.pack
+    largest = LARGEST_PACK if config.train.pack == "auto" else config.train.pack
+    return 1 if endless or config.train.image_weights else largest

@@ -45,7 +45,8 @@ class StudyPlan:
     fingerprint: str
     device: str
     precision: str
-    pack: int
+    pack: int | None
+    """Trials that train together; None: each worker measures how many are fastest."""
     images: dict[str, int]
     labels_per_class: dict[str, int]
     training: Split
@@ -69,7 +70,7 @@ class StudyPlan:
             ("training labels", ", ".join(f"{name} {count}" for name, count in self.labels_per_class.items())),
             ("model", f"{size}, from {self._start()}"),
             *([("anchors", self._anchors())] if train.autoanchor else []),
-            ("device", f"{self.device}, {self.precision}, packs of {self.pack}"),
+            ("device", f"{self.device}, {self.precision}, {_packs(self.pack)}"),
             ("objective", config.objective.describe()),
             ("trials", f"{config.trials}, sampler {config.sampler.name}, pruner {config.pruner.name}"),
             *space,
@@ -114,7 +115,7 @@ class StudyPlan:
             "fingerprint": self.fingerprint,
             "device": self.device,
             "precision": self.precision,
-            "pack": self.pack,
+            "pack": "auto" if self.pack is None else self.pack,
             "images": self.images,
             "labels_per_class": self.labels_per_class,
             "transferred": self.transferred,
@@ -158,7 +159,7 @@ def plan_study(config: StudyConfig, storage_url: str, runs_dir: Path, data: Path
         fingerprint=fingerprint(dataset),
         device=str(device),
         precision=resolve_precision(config.train.precision, device),
-        pack=pack_limit(config),
+        pack=None if config.train.pack == "auto" and pack_limit(config) > 1 else pack_limit(config),
         images={name: len(split.images) for name, split in splits.items()},
         labels_per_class={name: counts[index] for index, name in enumerate(dataset.names)},
         training=splits["train"],
@@ -166,6 +167,10 @@ def plan_study(config: StudyConfig, storage_url: str, runs_dir: Path, data: Path
         transferred=f"{start.transferred}/{start.total}" if config.train.weights else None,
         notices=tuple(_notices(config, dataset, splits)),
     )
+
+
+def _packs(size: int | None) -> str:
+    return "packs as large as is fastest" if size is None else f"packs of {size}"
 
 
 def _class_counts(split: Split) -> Counter[int]:

@@ -715,6 +715,11 @@ class Ledger:
         mine = sa.update(worker_table).where(worker_table.c.id == worker_id)
         self._write(lambda connection: connection.execute(mine.values(heartbeat=clock(connection))))
 
+    def set_pack(self, worker_id: str, pack: int) -> None:
+        """Notes how many trials the worker's packs have at most."""
+        mine = sa.update(worker_table).where(worker_table.c.id == worker_id)
+        self._write(lambda connection: connection.execute(mine.values(pack=pack)))
+
     def retire_worker(self, worker_id: str) -> None:
         """Notes that the worker leaves by itself (after it handed its tickets back)."""
         mine = sa.update(worker_table).where(worker_table.c.id == worker_id)

@@ -139,3 +139,5 @@ class WorkerRow:
     started: float
     heartbeat: float
     state: WorkerState = field(default=WorkerState.RUNNING)
+    pack: int | None = None
+    """Trials that its packs have at most; None as long as it has not found out."""

@@ -150,5 +150,7 @@ worker_table = sa.Table(
     sa.Column("started", sa.Double, nullable=False),
     sa.Column("heartbeat", sa.Double, nullable=False),
     sa.Column("state", sa.String(16), nullable=False),
+    # Trials that its packs have; NULL as long as it is not known.
+    sa.Column("pack", sa.Integer),
     sa.Index(None, "study"),
 )

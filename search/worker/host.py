@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+from collections.abc import Iterable
 from pathlib import Path
 
-from search.ledger import Ledger, WorkerState
+from search.ledger import Ledger, WorkerRow, WorkerState
 
 _SEPARATOR = "@"
 
@@ -54,6 +55,12 @@ def _start_ticks(pid: int) -> str:
     except OSError:
         return ""
     return "dead" if fields[0] in "ZX" else fields[19]
+
+
+def neighbours(workers: Iterable[WorkerRow]) -> list[WorkerRow]:
+    """Those of some workers that are on this host."""
+    here = host_identity()
+    return [worker for worker in workers if worker.host.rpartition(_SEPARATOR)[0] == here]
 
 
 def release_dead_neighbours(ledger: Ledger, study: str) -> int:

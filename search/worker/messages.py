@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from yolocore.hyperparameters import Hyperparameters
+from yolocore.training.capacity import Capacity
 from yolocore.training.optim import EarlyStopping
 from yolocore.training.trainer import EpochReport
 
@@ -77,6 +78,29 @@ class Secured:
     """Trainer to supervisor: checkpoints that are on disk now, by key: epochs in it, and its name."""
 
     checkpoints: Mapping[str, tuple[int, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class MeasureCapacity:
+    """Supervisor to trainer, between packs: find out how many slots are fastest."""
+
+    hyperparameters: Hyperparameters
+    largest: int
+    """The most that are wanted."""
+    share: int
+    """Workers that have the memory to share."""
+
+
+@dataclass(frozen=True, slots=True)
+class CapacityMeasured:
+    """Trainer to supervisor: what one size gave."""
+
+    capacity: Capacity
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Trainer to supervisor: no further size will be tried."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,13 +15,12 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
-
-import torch
 
 from search.checkpoints import CheckpointStore, LoadedCheckpoint
 from search.config import objective_value
@@ -30,7 +29,10 @@ from search.settings import ObjectiveConfig
 from search.weights import WeightsStore
 from search.worker.messages import (
     Alive,
+    CapacityMeasured,
     EpochDone,
+    MeasureCapacity,
+    Measured,
     PackCrashed,
     PackEnded,
     Secured,
@@ -40,6 +42,9 @@ from search.worker.messages import (
     Verdict,
 )
 from yolocore.errors import CheckpointError, InputError, TrainingError, YolocoreError
+from yolocore.hyperparameters import Hyperparameters
+from yolocore.memory import is_out_of_memory
+from yolocore.training.capacity import measure_capacity
 from yolocore.training.config import TrainConfig
 from yolocore.training.optim import EarlyStopping
 from yolocore.training.pack import check_state
@@ -144,13 +149,16 @@ class _Trainer:
     def serve(self) -> None:
         """Trains until the supervisor closes the pipe."""
         while True:
-            message = self._connection.recv()
-            if isinstance(message, StartPack):
-                self._send(self._guarded(message))
+            match self._connection.recv():
+                case StartPack(trials):
+                    self._send(self._guarded(partial(self._train, trials), PackEnded()))
+                case MeasureCapacity() as task:
+                    self._send(self._guarded(partial(self._measure, task), Measured()))
 
-    def _guarded(self, pack: StartPack) -> PackEnded | PackCrashed:
+    def _guarded(self, work: Callable[[], None], done: object) -> object:
+        """Does the work and says that it is done, or why not."""
         try:
-            self._train(pack.trials)
+            work()
         except (EOFError, BrokenPipeError, ConnectionResetError):
             raise
         except InputError as error:
@@ -158,9 +166,21 @@ class _Trainer:
         except Exception as error:
             reason = str(error) if isinstance(error, YolocoreError) else f"{type(error).__name__}: {error}"
             if not isinstance(error, YolocoreError):
-                logger.exception("a pack of %d trials crashed", len(pack.trials))
-            return PackCrashed(reason, False, out_of_memory=_is_out_of_memory(error), started=self._started)
-        return PackEnded()
+                logger.exception("a pack crashed")
+            return PackCrashed(reason, False, out_of_memory=is_out_of_memory(error), started=self._started)
+        return done
+
+    def _measure(self, task: MeasureCapacity) -> None:
+        """Tries packs of growing size on the real data."""
+        with self._pulse():
+            data = self._training_data(task.hyperparameters)
+        found = measure_capacity(self._settings.train, data, task.hyperparameters, task.largest, task.share)
+        while True:
+            with self._pulse():
+                capacity = next(found, None)
+            if capacity is None:
+                return
+            self._send(CapacityMeasured(capacity))
 
     def _train(self, trials: Sequence[TrialStart]) -> None:
         """Trains a pack from its first trials on until nobody is left in it and nobody joins."""
@@ -168,7 +188,7 @@ class _Trainer:
         self._owed = 0
         self._started = False
         with self._pulse():
-            data = self._training_data(trials[0])
+            data = self._training_data(trials[0].hyperparameters)
         trainer = PackTrainer(
             self._settings.train,
             self._admit(trials),
@@ -209,10 +229,10 @@ class _Trainer:
         notes.extend(f"trial {trial.number}: {reason}" for reason in found.skipped)
         return found
 
-    def _training_data(self, trial: TrialStart) -> TrainingData:
+    def _training_data(self, hyperparameters: Hyperparameters) -> TrainingData:
         if self._data is None:
             try:
-                self._data = TrainingData.load(self._settings.train, trial.hyperparameters)
+                self._data = TrainingData.load(self._settings.train, hyperparameters)
             except OSError as error:
                 # The machine's fault (a full disk, no memory to share), and no trial's.
                 raise InputError(f"{self._settings.train.data}: the data cannot be loaded: {error}") from error
@@ -304,11 +324,6 @@ class _Trainer:
 
     def _send(self, message: object) -> None:
         self._connection.send(message)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Also on the CPU, where torch raises a plain RuntimeError."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _standing(found: LoadedCheckpoint | None) -> tuple[int, str | None]:

@@ -11,6 +11,7 @@ from search.errors import LeaseLostError, StudyStoppedError
 from search.ledger import MAX_STALLED, Ticket, TicketState
 from search.space import pack_limit
 from search.study import orphans, tell
+from search.worker.capacity import is_measured, measured_limit
 from search.worker.context import WorkerContext
 from search.worker.host import release_dead_neighbours
 from search.worker.lease import LeaseKeeper
@@ -34,7 +35,8 @@ class Worker:
         self._ledger = context.ledger
         self._mirror = mirror
         self._stop = stop
-        self._limit = pack_limit(context.config)
+        self._limit = None if is_measured(context.config) else pack_limit(context.config)
+        """Trials that a pack may have; None as long as it is not measured."""
         self._leases = LeaseKeeper(context.ledger, context.worker_id, context.lease_seconds)
         self._supply = Supply(context, mirror, self._leases, self._is_over)
         settings = context.trainer_settings()
@@ -51,6 +53,8 @@ class Worker:
             StudyStoppedError: Too many trials in a row failed.
         """
         with self._leases, closing(self._trainer):
+            if self._limit is not None:
+                self._set_limit(self._limit)
             while not self._stop.is_set:
                 self._check_failures()
                 release_dead_neighbours(self._ledger, self._config.name)
@@ -80,7 +84,7 @@ class Worker:
             if any(self._ledger.open_counts(self._config.name).values()):
                 # Before anything is held: a signal that arrives during the first start finds nothing to hand back.
                 self._trainer.start()
-            tickets = self._supply.first(self._limit)
+            tickets = self._supply.first(self._pack_size())
             # Who may kill the trainer once more has it to itself.
             last_chance = any(ticket.stalled_attempts >= MAX_STALLED - 1 for ticket in tickets)
             if tickets:
@@ -95,7 +99,18 @@ class Worker:
             self._supply.hand_back()
 
     def _refill(self, busy: int) -> Sequence[Ticket]:
-        return self._supply.more(self._limit - busy)
+        return self._supply.more(self._pack_size() - busy)
+
+    def _pack_size(self) -> int:
+        """How many trials a pack may have; measured once, before anything is held."""
+        if self._limit is None:
+            self._set_limit(measured_limit(self._context, self._trainer))
+        assert self._limit is not None
+        return self._limit
+
+    def _set_limit(self, limit: int) -> None:
+        self._limit = limit
+        self._ledger.set_pack(self._context.worker_id, limit)
 
     def _others_are_busy(self) -> bool:
         return self._ledger.open_counts(self._config.name)[TicketState.RUNNING] > 0
@@ -148,7 +163,8 @@ class Worker:
 
     def _halve(self, tickets: Sequence[Ticket], refill: Refill | None) -> None:
         """Goes on with half of a pack that was too large; the others go back to the queue with their checkpoints."""
-        self._limit = half = len(tickets) // 2
+        half = len(tickets) // 2
+        self._set_limit(half)
         logger.warning("out of memory: this worker's packs have at most %d trials from now on", half)
         if refill is None:
             # A cohort is nobody else's: its parts train one after the other.

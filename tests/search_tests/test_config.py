@@ -59,7 +59,7 @@ def test_load_study_config_minimal_file_gives_the_documented_defaults(folder: Pa
     config = load(folder, GOOD)
 
     assert (config.name, config.trials, config.timeout, config.max_failures_in_a_row) == ("blood", 12, None, 5)
-    assert (config.train.model, config.train.pack, config.train.image_size, config.train.seed) == ("n", 4, 640, 0)
+    assert (config.train.model, config.train.pack, config.train.image_size, config.train.seed) == ("n", "auto", 640, 0)
     assert config.sampler.model_dump() == {
         "name": "tpe",
         "seed": 0,

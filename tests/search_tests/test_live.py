@@ -41,6 +41,7 @@ def status(trials: Sequence[TrialStatus], devices: dict[str, str]) -> StudyStatu
         trials=tuple(trials),
         workers=len(devices),
         devices=devices,
+        packs={},
         best=None,
         base=None,
         slot_epochs=sum(trial.epoch for trial in trials),

@@ -1,7 +1,9 @@
 """A worker: real trainer, real databases, real MLflow store, real signals."""
 
+import logging
 import math
 import os
+import resource
 import signal
 import sqlite3
 import subprocess
@@ -28,7 +30,6 @@ from search.worker.lease import LeaseKeeper
 from search.worker.mirror import Mirror, MirrorContext
 from search.worker.session import WorkerOptions, run_worker
 from search.worker.stop import StopFlag
-from search.worker.trainer_process import _is_out_of_memory
 from yolocore.checkpoint import load_weights, save_weights
 from yolocore.hyperparameters import Hyperparameters
 from yolocore.model import initial_state
@@ -193,6 +194,48 @@ def test_run_worker_space_that_changes_the_images_packs_trials_of_equal_values(m
     assert set(values) == {0.0, 1.0}
     assert max(slots.values()) == 2
     assert [ticket.stalled_attempts for ticket in study.tickets()] == [0] * 6
+
+
+def test_run_worker_pack_auto_measures_its_packs_and_says_so(
+    make: Callable[..., TinyStudy], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="search.worker")
+    study = make(trials=3, train={"pack": "auto"})
+    study.create()
+
+    study.work()
+
+    (worker,) = study.ledger.workers(NAME)
+    assert worker.pack in (1, 2, 3)
+    table = next(record.getMessage() for record in caplog.records if "trial-steps a second" in record.getMessage())
+    assert table.startswith(f"packs of {worker.pack}: measured")
+    assert sum(line.endswith(" *") for line in table.splitlines()) == 1
+    assert study.states() == [COMPLETE] * 3
+    slots = [row.metrics["slots"] for rows in study.ledger.all_reports(NAME).values() for row in rows]
+    assert max(slots) == worker.pack
+
+
+def test_run_worker_pack_too_large_for_the_memory_goes_on_in_halves(
+    make: Callable[..., TinyStudy], caplog: pytest.LogCaptureFixture
+) -> None:
+    study = make(trials=4, train={"pack": 4, "epochs": 6, "image_size": 256})
+    study.create()
+
+    def starve() -> None:
+        for pid in trainers():
+            used = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.prlimit(pid, resource.RLIMIT_AS, (used, resource.RLIM_INFINITY))
+
+    with Once(study, starve) as starver:
+        study.work()
+
+    assert starver.sent
+    assert study.states() == [COMPLETE] * 4
+    assert "out of memory: this worker's packs have at most 2 trials from now on" in caplog.text
+    assert [ticket.stalled_attempts for ticket in study.tickets()] == [0] * 4
+    # Nothing was trained twice that had a checkpoint, and every epoch is there once.
+    assert [len(rows) for rows in study.ledger.all_reports(NAME).values()] == [6] * 4
+    assert [worker.pack for worker in study.ledger.workers(NAME)] == [2]
 
 
 def test_run_worker_tickets_added_meanwhile_join_the_running_pack(make: Callable[..., TinyStudy]) -> None:
@@ -636,16 +679,6 @@ def test_worker_asked_to_end_with_loader_processes_leaves_no_image_file(
         assert process.wait(180) == 0, process.communicate()[0]
         assert study.states() == [COMPLETE]
         assert list(Path(scratch).glob("yolosearch-images-*")) == []
-
-
-def test_is_out_of_memory_of_a_real_failure_is_told_from_others() -> None:
-    with pytest.raises(RuntimeError) as too_much:
-        torch.empty(2**50)
-    with pytest.raises(RuntimeError) as other:
-        torch.ones(2) @ torch.ones(3)
-
-    assert _is_out_of_memory(too_much.value)
-    assert not _is_out_of_memory(other.value)
 
 
 # ---- what a worker refuses -------------------------------------------------------------------------------------------

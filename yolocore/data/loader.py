@@ -550,6 +550,11 @@ class TrainLoader:
         )
         self._pipeline = _Pipeline(self._source, workers, pin_memory)
 
+    @property
+    def runs_beside(self) -> bool:
+        """Whether batches are made by other threads or processes while the model trains."""
+        return self._pipeline.workers > 0 or self._pipeline.pin_memory
+
     def __len__(self) -> int:
         """Batches per epoch."""
         return -(-len(self.images) // self.batch_size)

@@ -1,0 +1,148 @@
+"""How many trials train together fastest on a device: a few real steps at K = 1, 2, 4, 8, ..."""
+
+import gc
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from yolocore.data.loader import Batch
+from yolocore.device import resolve_device, resolve_precision
+from yolocore.hyperparameters import Hyperparameters
+from yolocore.memory import free_bytes, is_out_of_memory, peak_bytes
+from yolocore.training.config import TrainConfig
+from yolocore.training.pack import Pack, PackSlot, fresh_state
+from yolocore.training.start import start_weights
+from yolocore.training.trainer import TrainingData
+
+BATCHES = 3
+"""Different batches that the steps go through in turn."""
+WARM_UP_STEPS = 2
+SECONDS = 0.4
+"""Steps are timed for at least so long, but no more than `MAX_STEPS` and no fewer than two."""
+MAX_STEPS = 12
+USABLE_SHARE = 0.8
+"""Part of the free memory that a pack may be expected to take; validation and the unforeseen need the rest."""
+PAST_THE_PEAK = 0.9
+"""Larger packs are not tried once one has fallen so far behind the best."""
+AS_GOOD = 0.97
+"""Of packs whose throughput differs by less than the noise of the measurement, the smallest is taken."""
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What was found out about packs of one size."""
+
+    slots: int
+    steps_per_second: float
+    """Trial-steps per second: K over the time of a step, loading included unless that runs beside. 0: untried."""
+    memory: int
+    """Bytes at the peak; on the CPU of the whole process."""
+    note: str = ""
+    """Why it was not measured, if so."""
+
+
+def measure_capacity(
+    config: TrainConfig, data: TrainingData, hyperparameters: Hyperparameters, largest: int, share: int = 1
+) -> Iterator[Capacity]:
+    """Measure packs of growing size until memory, `largest` or the peak of the throughput ends it.
+
+    Args:
+        config: Of the training.
+        data: Loaded for it.
+        hyperparameters: Of any trial; no value changes the time of a step, but whether the loss is focal does.
+        largest: The most slots that are wanted.
+        share: Processes that have this device's memory to share.
+
+    Yields:
+        One per size, in growing order, as soon as it is known.
+    """
+    device = resolve_device(config.device)
+    batches, loading = _load(data, config, hyperparameters)
+    state = fresh_state(start_weights(config, data.num_classes).state)
+    free = free_bytes(device)
+    usable = None if free is None else int(free * USABLE_SHARE / share)
+    before, best, previous = peak_bytes(device), 0.0, 0
+    for slots in _sizes(largest):
+        # Activations and weights grow with the slots; what the first pack needed besides is counted again.
+        expected = 2 * previous
+        if usable is not None and expected > usable:
+            yield Capacity(slots, 0.0, expected, f"not tried: {usable} bytes are free for it")
+            return
+        found = [PackSlot(str(slot), hyperparameters, state) for slot in range(slots)]
+        try:
+            seconds = _step_seconds(config, found, batches, data.num_classes, device)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            yield Capacity(slots, 0.0, peak_bytes(device), "out of memory")
+            return
+        finally:
+            _release(device)
+        peak = peak_bytes(device)
+        previous = peak - before
+        rate = slots / (seconds + loading)
+        yield Capacity(slots, rate, peak)
+        if rate < PAST_THE_PEAK * best:
+            return
+        best = max(best, rate)
+
+
+def best_size(found: Sequence[Capacity]) -> int:
+    """The number of slots to train with: the smallest whose throughput is as good as the best; 1 if none is known."""
+    best = max((one.steps_per_second for one in found), default=0.0)
+    good = [one.slots for one in found if one.steps_per_second >= AS_GOOD * best > 0]
+    return min(good, default=1)
+
+
+def _sizes(largest: int) -> list[int]:
+    """1, 2, 4, ... and the largest itself."""
+    powers = list(itertools.takewhile(lambda size: size < largest, (2**power for power in range(32))))
+    return [*powers, largest]
+
+
+def _load(data: TrainingData, config: TrainConfig, hyperparameters: Hyperparameters) -> tuple[list[Batch], float]:
+    """A few batches of the real stream, and the seconds that each costs a training step."""
+    stream = data.stream(config, hyperparameters)
+    started = time.perf_counter()
+    batches = list(itertools.islice(stream.epoch(0), BATCHES))
+    seconds = (time.perf_counter() - started) / len(batches)
+    return batches, 0.0 if stream.runs_beside else seconds
+
+
+def _step_seconds(
+    config: TrainConfig, slots: Sequence[PackSlot], batches: Sequence[Batch], num_classes: int, device: torch.device
+) -> float:
+    pack = Pack(
+        config,
+        slots,
+        num_classes=num_classes,
+        batches_per_epoch=WARM_UP_STEPS + MAX_STEPS,
+        device=device,
+        precision=resolve_precision(config.precision, device),
+    )
+    pack.begin_epoch()
+    endless = itertools.cycle(batches)
+    for batch in itertools.islice(endless, WARM_UP_STEPS):
+        pack.train_step(batch.images, batch.targets)
+    _wait(device)
+    started, steps, passed = time.perf_counter(), 0, 0.0
+    while steps < 2 or (steps < MAX_STEPS and passed < SECONDS):
+        batch = next(endless)
+        pack.train_step(batch.images, batch.targets)
+        _wait(device)
+        steps, passed = steps + 1, time.perf_counter() - started
+    return passed / steps
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _release(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
