@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 _CGROUP_2 = Path("/sys/fs/cgroup")
+_MARKS = ("can't allocate memory", "std::bad_alloc", "Insufficient memory")
 _CGROUP_1 = Path("/sys/fs/cgroup/memory")
 
 
@@ -33,8 +34,8 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: also on the CPU, where torch raises a plain RuntimeError."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """Whether memory ran out: also on the CPU, where torch and OpenCV have no class of their own for it."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(mark in str(error) for mark in _MARKS)
 
 
 def _available() -> int | None:

@@ -224,7 +224,7 @@ def test_run_worker_pack_too_large_for_the_memory_goes_on_in_halves(
     def starve() -> None:
         for pid in trainers():
             used = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize()
-            resource.prlimit(pid, resource.RLIMIT_AS, (used, resource.RLIM_INFINITY))
+            resource.prlimit(pid, resource.RLIMIT_AS, (used // 2, resource.RLIM_INFINITY))
 
     with Once(study, starve) as starver:
         study.work()
@@ -650,6 +650,27 @@ def test_worker_killed_takes_its_trainer_along(make: Callable[..., TinyStudy]) -
     while not all(is_gone(pid) for pid in below):
         assert time.monotonic() < deadline, f"still there: {[pid for pid in below if not is_gone(pid)]}"
         time.sleep(0.1)
+
+
+def resident_bytes(pid: int) -> int:
+    """Memory of a process and of all below it."""
+    pages = sum(int(Path(f"/proc/{member}/statm").read_text().split()[1]) for member in (pid, *descendants(pid)))
+    return pages * resource.getpagesize()
+
+
+@pytest.mark.slow
+def test_worker_host_memory_after_200_trials_is_within_a_tenth_of_that_after_20(make: Callable[..., TinyStudy]) -> None:
+    study = make(tracked=True, trials=206, train={"epochs": 2, "pack": 4, "image_size": 32})
+    study.create()
+    process = study.start("worker")
+    found = []
+    for count in (20, 200):
+        wait_for(lambda count=count: study.ledger.counts(NAME)[COMPLETE] >= count, process, seconds=1500)
+        found.append(resident_bytes(process.pid))
+
+    print(f"resident after 20 and 200 trials: {found[0] / 2**20:.0f} and {found[1] / 2**20:.0f} MiB")
+    assert process.wait(300) == 0
+    assert found[1] < 1.1 * found[0]
 
 
 def test_worker_asked_to_end_exits_with_130_and_hands_back(make: Callable[..., TinyStudy]) -> None:
