@@ -197,6 +197,8 @@ def headline(status: StudyStatus, *, with_eta: bool = True) -> str:
         parts.append(f"{status.unsent} to be sent to MLflow")
     if len(status.precisions) > 1:
         parts.append(f"trained in {' and '.join(status.precisions)}: set train.precision to compare like with like")
+    if status.packs and not status.finished:
+        parts.append(f"packs of {' and '.join(str(size) for size in sorted(set(status.packs.values())))}")
     if with_eta and status.eta_seconds is not None and not status.finished:
         parts.append(f"about {duration(status.eta_seconds)} left")
     return " | ".join(parts)

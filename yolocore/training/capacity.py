@@ -60,6 +60,8 @@ def measure_capacity(
         One per size, in growing order, as soon as it is known.
     """
     device = resolve_device(config.device)
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = not config.multi_scale  # as the training does
     batches, loading = _load(data, config, hyperparameters)
     state = fresh_state(start_weights(config, data.num_classes).state)
     free = free_bytes(device)
