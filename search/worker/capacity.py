@@ -28,13 +28,17 @@ def is_measured(config: StudyConfig) -> bool:
     return config.train.pack == "auto" and pack_limit(config) > 1
 
 
-def measured_limit(context: WorkerContext, trainer: TrainerLink) -> int:
+def measured_limit(context: WorkerContext, trainer: TrainerLink, largest: int) -> int:
     """Lets the trainer try packs of growing size and says which is the fastest. Nothing may be in training.
+
+    Args:
+        context: What the parts of a worker share.
+        trainer: Without a pack now.
+        largest: The most that are useful; 1 needs no measurement.
 
     Raises:
         UserInputError: Data, weights or device cannot be used.
     """
-    largest = largest_useful(context)
     if largest == 1:
         return 1
     found: list[Capacity] = []

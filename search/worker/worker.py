@@ -11,7 +11,7 @@ from search.errors import LeaseLostError, StudyStoppedError
 from search.ledger import MAX_STALLED, Ticket, TicketState
 from search.space import pack_limit
 from search.study import orphans, tell
-from search.worker.capacity import is_measured, measured_limit
+from search.worker.capacity import is_measured, largest_useful, measured_limit
 from search.worker.context import WorkerContext
 from search.worker.host import release_dead_neighbours
 from search.worker.lease import LeaseKeeper
@@ -35,8 +35,10 @@ class Worker:
         self._ledger = context.ledger
         self._mirror = mirror
         self._stop = stop
-        self._limit = None if is_measured(context.config) else pack_limit(context.config)
-        """Trials that a pack may have; None as long as it is not measured."""
+        self._limit = 0 if is_measured(context.config) else pack_limit(context.config)
+        """Trials that a pack may have; 0 as long as it is not measured."""
+        self._tried = 0
+        """The largest pack that was thought useful when packs were measured."""
         self._leases = LeaseKeeper(context.ledger, context.worker_id, context.lease_seconds)
         self._supply = Supply(context, mirror, self._leases, self._is_over)
         settings = context.trainer_settings()
@@ -53,7 +55,7 @@ class Worker:
             StudyStoppedError: Too many trials in a row failed.
         """
         with self._leases, closing(self._trainer):
-            if self._limit is not None:
+            if self._limit:
                 self._set_limit(self._limit)
             while not self._stop.is_set:
                 self._check_failures()
@@ -84,7 +86,8 @@ class Worker:
             if any(self._ledger.open_counts(self._config.name).values()):
                 # Before anything is held: a signal that arrives during the first start finds nothing to hand back.
                 self._trainer.start()
-            tickets = self._supply.first(self._pack_size())
+                self._measure()
+            tickets = self._supply.first(self._limit)
             # Who may kill the trainer once more has it to itself.
             last_chance = any(ticket.stalled_attempts >= MAX_STALLED - 1 for ticket in tickets)
             if tickets:
@@ -99,14 +102,16 @@ class Worker:
             self._supply.hand_back()
 
     def _refill(self, busy: int) -> Sequence[Ticket]:
-        return self._supply.more(self._pack_size() - busy)
+        return self._supply.more(self._limit - busy)
 
-    def _pack_size(self) -> int:
-        """How many trials a pack may have; measured once, before anything is held."""
-        if self._limit is None:
-            self._set_limit(measured_limit(self._context, self._trainer))
-        assert self._limit is not None
-        return self._limit
+    def _measure(self) -> None:
+        """Finds out how many trials a pack should have, again if the budget has grown since the largest was best."""
+        if not is_measured(self._config) or self._is_over():
+            return
+        largest = largest_useful(self._context)
+        if largest > self._tried == self._limit:
+            self._set_limit(measured_limit(self._context, self._trainer, largest))
+            self._tried = largest
 
     def _set_limit(self, limit: int) -> None:
         self._limit = limit
