@@ -934,6 +934,7 @@ def test_initialise_upgrades_the_first_schema_and_keeps_its_rows(ledger: Ledger,
         for columns in ("study_kind_retry_of", "study_state_finished", "study_state_value"):
             connection.execute(sa.text(f"DROP INDEX ix_yolosearch_ticket_{columns}"))
         connection.execute(sa.text("ALTER TABLE yolosearch_ticket DROP COLUMN retry_of"))
+        connection.execute(sa.text("ALTER TABLE yolosearch_worker DROP COLUMN pack"))
         connection.execute(sa.text("UPDATE yolosearch_alembic_version SET version_num = '0001'"))
     with pytest.raises(DatabaseError, match="ledger schema 0001 of an older yolosearch; `yolosearch run`"):
         ledger.check_schema()
