@@ -29,14 +29,13 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     )
 
 
-def test_measure_capacity_goes_up_to_the_largest_or_past_the_peak(config: TrainConfig) -> None:
+def test_measure_capacity_goes_up_to_the_largest(config: TrainConfig) -> None:
     hyp = Hyperparameters(mosaic=0.0)
     data = TrainingData.load(config, hyp)
     seen = torch.get_rng_state()
     found = list(measure_capacity(config, data, hyp, 3))
     sizes = [one.slots for one in found]
-    assert sizes == [1, 2, 3][: len(sizes)]
-    assert len(sizes) == 3 or found[-1].steps_per_second < found[-2].steps_per_second
+    assert sizes == [1, 2, 3]
     assert all(one.steps_per_second > 0 and one.memory > 0 and not one.note for one in found)
     assert best_size(found) in sizes
     # It leaves no trace: not in torch's random state, not in the stream of images.

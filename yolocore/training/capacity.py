@@ -20,13 +20,15 @@ from yolocore.training.trainer import TrainingData
 BATCHES = 3
 """Different batches that the steps go through in turn."""
 WARM_UP_STEPS = 2
-SECONDS = 0.4
+SECONDS = 0.8
 """Steps are timed for at least so long, but no more than `MAX_STEPS` and no fewer than two."""
+BUDGET_SECONDS = 60.0
+"""No larger pack is tried that would take the whole measurement beyond this."""
 MAX_STEPS = 12
 USABLE_SHARE = 0.8
 """Part of the free memory that a pack may be expected to take; validation and the unforeseen need the rest."""
 PAST_THE_PEAK = 0.9
-"""Larger packs are not tried once one has fallen so far behind the best."""
+"""Larger packs are not tried once two in a row have fallen so far behind the best; one may have been disturbed."""
 AS_GOOD = 0.97
 """Of packs whose throughput differs by less than the noise of the measurement, the smallest is taken."""
 
@@ -66,12 +68,13 @@ def measure_capacity(
     state = fresh_state(start_weights(config, data.num_classes).state)
     free = free_bytes(device)
     usable = None if free is None else int(free * USABLE_SHARE / share)
-    before, best, previous = peak_bytes(device), 0.0, 0
+    before, began = peak_bytes(device), time.perf_counter()
+    best, previous, behind, took = 0.0, 0, 0, 0.0
     for slots in _sizes(largest):
         # Activations and weights grow with the slots; what the first pack needed besides is counted again.
-        expected = 2 * previous
-        if usable is not None and expected > usable:
-            yield Capacity(slots, 0.0, expected, f"not tried: {usable} bytes are free for it")
+        expected, started = 2 * previous, time.perf_counter()
+        if note := _too_much(slots, expected, usable, started - began + 2 * took):
+            yield Capacity(slots, 0.0, expected, note)
             return
         found = [PackSlot(str(slot), hyperparameters, state) for slot in range(slots)]
         try:
@@ -87,7 +90,9 @@ def measure_capacity(
         previous = peak - before
         rate = slots / (seconds + loading)
         yield Capacity(slots, rate, peak)
-        if rate < PAST_THE_PEAK * best:
+        took = time.perf_counter() - started
+        behind = behind + 1 if rate < PAST_THE_PEAK * best else 0
+        if behind == 2:
             return
         best = max(best, rate)
 
@@ -97,6 +102,13 @@ def best_size(found: Sequence[Capacity]) -> int:
     best = max((one.steps_per_second for one in found), default=0.0)
     good = [one.slots for one in found if one.steps_per_second >= AS_GOOD * best > 0]
     return min(good, default=1)
+
+
+def _too_much(slots: int, memory: int, usable: int | None, seconds: float) -> str:
+    """Why packs of this size are not tried, "" if they are."""
+    if usable is not None and memory > usable:
+        return f"not tried: {usable / 2**30:.1f} GiB are free for it"
+    return "not tried: it would take too long" if slots > 2 and seconds > BUDGET_SECONDS else ""
 
 
 def _sizes(largest: int) -> list[int]:
@@ -130,13 +142,15 @@ def _step_seconds(
     for batch in itertools.islice(endless, WARM_UP_STEPS):
         pack.train_step(batch.images, batch.targets)
     _wait(device)
-    started, steps, passed = time.perf_counter(), 0, 0.0
-    while steps < 2 or (steps < MAX_STEPS and passed < SECONDS):
+    times: list[float] = []
+    while len(times) < 2 or (len(times) < MAX_STEPS and sum(times) < SECONDS):
         batch = next(endless)
+        started = time.perf_counter()
         pack.train_step(batch.images, batch.targets)
         _wait(device)
-        steps, passed = steps + 1, time.perf_counter() - started
-    return passed / steps
+        times.append(time.perf_counter() - started)
+    # The fastest: what else the machine does only ever adds.
+    return min(times)
 
 
 def _wait(device: torch.device) -> None:
