@@ -215,29 +215,6 @@ def test_run_worker_pack_auto_measures_its_packs_and_says_so(
     assert max(slots) == worker.pack
 
 
-def test_run_worker_pack_too_large_for_the_memory_goes_on_in_halves(
-    make: Callable[..., TinyStudy], caplog: pytest.LogCaptureFixture
-) -> None:
-    study = make(trials=4, train={"pack": 4, "epochs": 6, "image_size": 256})
-    study.create()
-
-    def starve() -> None:
-        for pid in trainers():
-            used = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize()
-            resource.prlimit(pid, resource.RLIMIT_AS, (used // 2, resource.RLIM_INFINITY))
-
-    with Once(study, starve) as starver:
-        study.work()
-
-    assert starver.sent
-    assert study.states() == [COMPLETE] * 4
-    assert "out of memory: this worker's packs have at most 2 trials from now on" in caplog.text
-    assert [ticket.stalled_attempts for ticket in study.tickets()] == [0] * 4
-    # Nothing was trained twice that had a checkpoint, and every epoch is there once.
-    assert [len(rows) for rows in study.ledger.all_reports(NAME).values()] == [6] * 4
-    assert [worker.pack for worker in study.ledger.workers(NAME)] == [2]
-
-
 def test_run_worker_tickets_added_meanwhile_join_the_running_pack(make: Callable[..., TinyStudy]) -> None:
     study = make(trials=1, train={"epochs": 12})
     study.create()
