@@ -106,6 +106,7 @@ def make_config(options: argparse.Namespace, seed: int, epochs: int) -> TrainCon
         epochs=epochs,
         seed=seed,
         device="cpu",
+        workers=0,
         precision=options.precision,
         eval_every=epochs,
     )

@@ -13,7 +13,6 @@ throughput to a lone trial's.
 import argparse
 import json
 import multiprocessing
-import resource
 import tempfile
 import time
 from dataclasses import dataclass
@@ -54,6 +53,7 @@ def make_pack(case: Case, slots: int) -> tuple[Pack, TrainLoader]:
         batch_size=BATCH_SIZE,
         epochs=10,
         freeze=case.freeze,
+        workers=0,
     )
     dataset = load_dataset_config(case.data)
     hyp = Hyperparameters()
@@ -93,7 +93,13 @@ def in_process(
     epoch_seconds(pack, loader, 0)
     start.wait()
     seconds = epoch_seconds(pack, loader, 1)
-    results.put((seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+    results.put((seconds, peak_mib()))
+
+
+def peak_mib() -> float:
+    """Largest resident memory of this process so far (getrusage would count what the parent had when it started us)."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def processes(case: Case, count: int, *, slots: int = 1, threads: int = 1) -> tuple[float, float]:

@@ -152,7 +152,7 @@ def test_pack_trace120_float32_first_25_iterations_stay_within_tolerance(small_g
 
 HYPS = (
     Hyperparameters(),
-    Hyperparameters(box=0.1, cls=0.9, obj=1.5, lr0=0.03, momentum=0.8, weight_decay=1e-3, warmup_bias_lr=0.05),
+    Hyperparameters(box=0.1, cls=0.9, obj=1.5, lr0=0.015, momentum=0.8, weight_decay=1e-3, warmup_bias_lr=0.05),
     Hyperparameters(fl_gamma=1.5, cls_pw=2.0, obj_pw=0.7, lrf=0.2, warmup_momentum=0.3),
     Hyperparameters(box=0.02, obj=0.3, obj_pw=2.0, weight_decay=0.0, lr0=0.002, warmup_epochs=0.0),
 )
