@@ -208,7 +208,9 @@ def _prepare_sqlite_file(path: Path, create: bool) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DatabaseError(f"{path.parent}: the folder cannot be created: {error.strerror}") from None
+        raise UserInputError(
+            f"{path.parent}: the folder cannot be created: {error.strerror}; allowed: a path in a writable folder"
+        ) from None
 
 
 def configure_sqlite(engine: Engine) -> None:

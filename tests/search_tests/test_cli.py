@@ -258,7 +258,10 @@ def test_runs_folder_that_cannot_be_made_exit_2(yolosearch: Command, make: Calla
     result = yolosearch("run", study.file, "--runs-dir", study.folder / "file" / "runs")
 
     assert result.code == 2
-    assert result.err == f"{study.folder}/file/runs/tiny: Not a directory\n"
+    assert result.err == (
+        f"{study.folder}/file/runs/tiny: the folder cannot be created: Not a directory; "
+        "allowed: a path in a writable folder\n"
+    )
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
