@@ -138,6 +138,8 @@ class _Trainer:
         self._alive_at = 0.0
         self._owed = 0
         """Verdicts that are still to come."""
+        self._heard: list[Verdict] = []
+        """Verdicts that came in the middle of an epoch; they take effect at its end."""
 
     def close(self) -> None:
         """Stops loader processes and lets go of the decoded images, whose file goes with the last reference."""
@@ -186,6 +188,7 @@ class _Trainer:
         """Trains a pack from its first trials on until nobody is left in it and nobody joins."""
         self._trials.clear()
         self._owed = 0
+        self._heard.clear()
         self._started = False
         with self._pulse():
             data = self._training_data(trials[0].hyperparameters)
@@ -244,14 +247,19 @@ class _Trainer:
         joining: dict[str, TrialStart] = {}
         deadline = time.monotonic() + VERDICT_SECONDS
         # With nothing left to train it waits as long as it takes.
-        while self._owed and not ((going_on or joining) and not self._answered(deadline)):
-            verdict: Verdict = self._connection.recv()
-            self._owed -= 1
-            going_on.difference_update(verdict.drop)
+        while self._heard or (self._owed and not ((going_on or joining) and not self._answered(deadline))):
+            verdict = self._heard.pop(0) if self._heard else self._hear()
+            # A trial that was lost may come back as a new attempt while the old one is still in the pack.
+            going_on.difference_update(verdict.drop, (trial.key for trial in verdict.join))
             joining.update({trial.key: trial for trial in verdict.join})
         starts = self._admit(list(joining.values())) if joining else []
         trainer.reshape(drop=[key for key in trainer.active if key not in going_on], add=starts)
         self._trials = {key: self._trials[key] for key in trainer.active}
+
+    def _hear(self) -> Verdict:
+        verdict: Verdict = self._connection.recv()
+        self._owed -= 1
+        return verdict
 
     def _answered(self, deadline: float) -> bool:
         """Whether the supervisor has said something before the deadline."""
@@ -299,9 +307,14 @@ class _Trainer:
 
     def _tell_alive(self) -> None:
         now = time.monotonic()
+        if now - self._alive_at < ALIVE_SECONDS:
+            return
+        self._alive_at = now
+        # One that has answered listens again, however long the epoch lasts, and takes silence for a hang.
+        while self._owed and self._connection.poll():
+            self._heard.append(self._hear())
         # A supervisor that owes a verdict waits for its database and reads nothing: the pipe must not fill up.
-        if now - self._alive_at >= ALIVE_SECONDS and not self._owed:
-            self._alive_at = now
+        if not self._owed:
             self._send(Alive())
 
     @contextmanager
@@ -311,7 +324,7 @@ class _Trainer:
 
         def beat() -> None:
             while not over.wait(ALIVE_SECONDS):
-                with suppress(OSError):
+                with suppress(OSError, EOFError):
                     self._tell_alive()
 
         thread = threading.Thread(target=beat, name="pulse", daemon=True)
