@@ -69,6 +69,9 @@ if TYPE_CHECKING:
 BUDGET_KEYS = frozenset({"trials", "timeout"})
 """What may change when a study is resumed."""
 
+FORMER_DEFAULTS: Mapping[str, object] = {"pack": 4, "workers": 0, "patience": 0}
+"""What keys of `train` that a study file left out once stood for; 0 is what trainings did before there was patience."""
+
 STUDY_WIDE_KEYS = frozenset({"pack", "autoanchor", "keep_weights"})
 """Keys of `train` that are settled before a training starts."""
 
@@ -168,6 +171,8 @@ class StudyConfig(Section):
     def from_json(cls, data: Mapping[str, Any]) -> "StudyConfig":
         """The inverse of `to_json`; needs none of the files to exist."""
         own = {key: value for key, value in data.items() if key != PREPARED_KEY}
+        if "train" in own and "patience" not in own["train"]:
+            own["train"] = {**own["train"], "patience": FORMER_DEFAULTS["patience"]}
         return parse_study(own, source=f"study {data.get('name')} in the database")
 
     def differing_keys(self, other: "StudyConfig") -> list[str]:
@@ -225,6 +230,8 @@ def parse_study(
 def require_resumable(stored: StudyConfig, asked: StudyConfig) -> None:
     """Refuse to resume a study with anything changed but its budget.
 
+    A key that the file leaves out may stand for what it stood for when the study was created.
+
     Raises:
         StudyConflictError: one line per differing key, with both values.
     """
@@ -233,10 +240,17 @@ def require_resumable(stored: StudyConfig, asked: StudyConfig) -> None:
         f"study {stored.name}: {key}: got {_show(theirs.get(key))}, the database has {_show(mine.get(key))}; "
         f"allowed: changes of {' and '.join(sorted(BUDGET_KEYS))} only, anything else is a study with another name"
         for key in stored.differing_keys(asked)
-        if key not in BUDGET_KEYS
+        if key not in BUDGET_KEYS and not _is_former_default(key, stored, asked)
     ]
     if lines:
         raise StudyConflictError("\n".join(lines))
+
+
+def _is_former_default(key: str, stored: StudyConfig, asked: StudyConfig) -> bool:
+    section, _, name = key.partition(".")
+    if section != "train" or name not in FORMER_DEFAULTS or name in asked.train.model_fields_set:
+        return False
+    return bool(getattr(stored.train, name) == FORMER_DEFAULTS[name])
 
 
 def check_objective(config: StudyConfig, names: Sequence[str], labelled: Sequence[int] | None = None) -> None:

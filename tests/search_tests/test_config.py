@@ -374,6 +374,21 @@ def test_require_resumable_accepts_another_budget_only() -> None:
     ]
 
 
+def test_require_resumable_study_of_an_earlier_version_keeps_its_defaults_where_the_file_names_none() -> None:
+    frozen = study(train={"epochs": 300, "pack": 4, "workers": 0}).to_json()
+    for key in ("patience", "keep_weights", "autoanchor", "rect", "single_cls", "image_weights", "freeze", "freeze_bn"):
+        del frozen["train"][key]
+
+    stored = StudyConfig.from_json(frozen)
+
+    assert (stored.train.pack, stored.train.workers, stored.train.patience) == (4, 0, 0)
+    require_resumable(stored, study(train={"epochs": 300}))
+    with pytest.raises(StudyConflictError, match=r"train\.pack: got 2, the database has 4"):
+        require_resumable(stored, study(train={"epochs": 300, "pack": 2}))
+    with pytest.raises(StudyConflictError, match=r'train\.pack: got "auto", the database has 2'):
+        require_resumable(study(train={"pack": 2}), study())
+
+
 def test_shared_keys_names_what_a_pack_cannot_vary() -> None:
     assert shared_keys(study()) == ()
     assert shared_keys(study(space={"box": [0.05, 0.1], "hsv_h": {"low": 0, "high": 0.1}})) == ("hsv_h",)
