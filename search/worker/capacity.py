@@ -52,6 +52,8 @@ def measured_limit(context: WorkerContext, trainer: TrainerLink, largest: int) -
                 if message.fixable:
                     raise UserInputError(message.reason)
                 logger.warning("packs could not be measured any further: %s", message.reason)
+                # What raised may have left a device in a state that would fail the first trials.
+                trainer.close()
                 break
     except TrainerDiedError as error:
         # Killed for the memory it took, perhaps: what it had said before still holds.

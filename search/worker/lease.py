@@ -59,7 +59,10 @@ class LeaseKeeper:
     def hold(self, ticket_ids: Iterable[int]) -> None:
         """Renews these tickets from now on."""
         with self._lock:
-            self._held.update(ticket_ids)
+            taken = set(ticket_ids)
+            self._held |= taken
+            # A new attempt has nothing to do with one of before that was lost.
+            self._lost -= taken
 
     def release(self, ticket_ids: Iterable[int]) -> None:
         """Stops renewing these tickets."""

@@ -29,10 +29,16 @@ class Supply:
         mirror: Told of every ticket whose state changed.
         leases: Keeps what is claimed.
         is_over: Whether nothing new may be claimed any more.
+        check: Called before each proposal, which may take a second; what it raises ends the claim.
     """
 
     def __init__(
-        self, context: WorkerContext, mirror: Mirror, leases: LeaseKeeper, is_over: Callable[[], bool]
+        self,
+        context: WorkerContext,
+        mirror: Mirror,
+        leases: LeaseKeeper,
+        is_over: Callable[[], bool],
+        check: Callable[[], None],
     ) -> None:
         self._context = context
         self._ledger = context.ledger
@@ -40,6 +46,7 @@ class Supply:
         self._mirror = mirror
         self._leases = leases
         self._is_over = is_over
+        self._check = check
         self._claimed: dict[int, Ticket] = {}
         self._key: PackKey | None = None
         """What the trials of the pack have to agree in; None where anything goes."""
@@ -128,6 +135,7 @@ class Supply:
     def _with_trials(self, tickets: Sequence[Ticket]) -> tuple[Ticket, ...]:
         linked = []
         for ticket in tickets:
+            self._check()
             try:
                 linked.append(link_trial(self._ledger, self._context.study, self._config, ticket))
             except LeaseLostError as error:

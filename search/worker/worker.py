@@ -40,7 +40,7 @@ class Worker:
         self._tried = 0
         """The largest pack that was thought useful when packs were measured."""
         self._leases = LeaseKeeper(context.ledger, context.worker_id, context.lease_seconds)
-        self._supply = Supply(context, mirror, self._leases, self._is_over)
+        self._supply = Supply(context, mirror, self._leases, self._is_over, self._check_stop)
         settings = context.trainer_settings()
         self._store = settings.open_checkpoints()
         self._trainer = TrainerLink(settings, context.hang_seconds, self._check_stop)

@@ -5,7 +5,7 @@ import math
 import os
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 
 from search.worker import trainer_process
 from search.worker.trainer_process import TrainerSettings
+from yolocore.training.capacity import Capacity
 from yolocore.training.trainer import EpochReport, PackTrainer
 
 ROOM_BYTES = 64 << 20
@@ -88,4 +89,20 @@ def main(sabotage: Sabotage, connection: Connection, settings: TrainerSettings) 
             return super().run_epoch()
 
     trainer_process.PackTrainer = Sabotaged  # type: ignore[misc]
+    trainer_process.main(connection, settings)
+
+
+def spoil_the_device(connection: Connection, settings: TrainerSettings) -> None:
+    """Entry point of the trainer process: a measurement of packs leaves the device as an illegal access leaves CUDA."""
+    text = "CUDA error: an illegal memory access was encountered"
+
+    def measure(*_arguments: object) -> Iterator[Capacity]:
+        def fail(*_arguments: object, **_options: object) -> None:
+            raise RuntimeError(text)
+
+        trainer_process.PackTrainer = fail  # type: ignore[assignment, misc]
+        yield Capacity(1, 10.0, 0)
+        raise RuntimeError(text)
+
+    trainer_process.measure_capacity = measure
     trainer_process.main(connection, settings)

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sabotage
 import torch
 from optuna.trial import TrialState
 from tiny import NAME, SignalWhen, TinyStudy, make_study, wait_for
@@ -25,8 +26,10 @@ from search.database import make_engine
 from search.errors import LeaseLostError, StudyConflictError, StudyStoppedError, UnknownStudyError, UserInputError
 from search.ledger import Ledger, Ticket, TicketState, WorkerState
 from search.tracking import TrackingConfigError, open_tracker
+from search.worker import supply, trainer_process
 from search.worker.host import host_identity, is_alive, process_identity, release_dead_neighbours
 from search.worker.lease import LeaseKeeper
+from search.worker.linking import link_trial
 from search.worker.mirror import Mirror, MirrorContext
 from search.worker.session import WorkerOptions, run_worker
 from search.worker.stop import StopFlag
@@ -215,6 +218,19 @@ def test_run_worker_pack_auto_measures_its_packs_and_says_so(
     assert max(slots) == worker.pack
 
 
+def test_run_worker_measurement_that_spoils_the_device_is_no_trials_fault(
+    make: Callable[..., TinyStudy], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(trainer_process, "main", sabotage.spoil_the_device)
+    study = make(trials=4, train={"pack": "auto", "epochs": 1})
+    study.create()
+
+    study.work()
+
+    assert "packs could not be measured any further" in caplog.text
+    assert study.states() == [COMPLETE] * 4
+
+
 def test_run_worker_tickets_added_meanwhile_join_the_running_pack(make: Callable[..., TinyStudy]) -> None:
     study = make(trials=1, train={"epochs": 12})
     study.create()
@@ -263,6 +279,27 @@ def test_run_worker_signal_hands_back_uncharged(make: Callable[..., TinyStudy], 
     runs = study.mlflow_runs()
     assert {runs[name].info.status for name in ("trial-00000", "trial-00001")} == {"SCHEDULED"}
     assert [worker.state for worker in study.ledger.workers(NAME)] == [WorkerState.EXITED]
+
+
+def test_run_worker_signal_between_two_proposals_claims_no_further(
+    make: Callable[..., TinyStudy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = make(trials=6, train={"pack": 6, "epochs": 1})
+    study.create()
+    asked: list[int] = []
+
+    def ask_and_signal(ledger: Ledger, optuna_study: Any, config: Any, ticket: Ticket) -> Ticket:
+        asked.append(ticket.number)
+        if len(asked) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return link_trial(ledger, optuna_study, config, ticket)
+
+    monkeypatch.setattr(supply, "link_trial", ask_and_signal)
+
+    assert study.work() == 0
+
+    assert asked == [0, 1]
+    assert [(ticket.state, ticket.stalled_attempts) for ticket in study.tickets()] == [(WAITING, 0)] * 6
 
 
 def test_run_worker_resumed_study_has_the_numbers_of_an_undisturbed_one(make: Callable[..., TinyStudy]) -> None:
@@ -808,6 +845,22 @@ def test_lease_keeper_ticket_taken_over_is_lost_and_a_finished_one_is_not(create
     assert keeper.lost == {first.id}
     with pytest.raises(LeaseLostError):
         ledger.save_progress(first, 1, None)
+
+
+def test_lease_keeper_ticket_that_was_lost_and_is_claimed_again_is_not_lost(created: TinyStudy) -> None:
+    ledger = created.ledger
+    first = ledger.claim(NAME, "here", 1, 60.0)[0]
+    keeper = LeaseKeeper(ledger, "here", 60.0)
+    keeper.hold([first.id])
+    ledger.hand_back([first])
+    keeper.renew()
+    assert keeper.lost == {first.id}
+
+    again = ledger.claim(NAME, "here", 1, 60.0)[0]
+    keeper.hold([again.id])
+
+    assert again.id == first.id
+    assert (keeper.held, keeper.lost) == ({first.id}, frozenset())
 
 
 # ---- the mirror ------------------------------------------------------------------------------------------------------
