@@ -329,7 +329,9 @@ def _proxy_is_away(error: BaseException) -> bool:
         return False
     name = getattr(code(), "name", "")
     details = str(getattr(error, "details", lambda: "")())
-    return name in {"UNAVAILABLE", "DEADLINE_EXCEEDED"} or (name == "UNKNOWN" and "OperationalError" in details)
+    # Optuna's StorageInternalError, which does not say what the driver said.
+    lost = ("OperationalError", "An exception is raised during the commit")
+    return name in {"UNAVAILABLE", "DEADLINE_EXCEEDED"} or (name == "UNKNOWN" and any(word in details for word in lost))
 
 
 def retry(

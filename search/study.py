@@ -351,8 +351,13 @@ def ask(
         StudyConfigError: fixed parameters outside the space, or a ticket beyond the end of a grid.
     """
     fixed = _fixed_params(config, ticket_number, fixed_params)
+    tries = 0
 
     def find_or_create() -> AskedTrial:
+        nonlocal tries
+        tries += 1
+        if tries > 1:
+            _wait_for_creators(study)
         trials = study.get_trials(deepcopy=False)
         running = [trial for trial in trials if trial.state is TrialState.RUNNING]
         tickets = {trial._trial_id: trial.user_attrs.get(TICKET_ATTR) for trial in running}
@@ -443,6 +448,17 @@ def _create(study: optuna.Study, template: FrozenTrial) -> tuple[int, int]:
     return trial_id, number
 
 
+def _wait_for_creators(study: optuna.Study) -> None:
+    """Returns once nobody creates a trial in this study.
+
+    A commit whose connection was lost goes on in the server: until it is done, its trial cannot be seen.
+    """
+    storage = getattr(study._storage, "_backend", study._storage)
+    if isinstance(storage, RDBStorage):
+        with rdb._create_scoped_session(storage.scoped_session) as session:
+            models.StudyModel.find_or_raise_by_id(study._study_id, session, for_update=True)
+
+
 def _rows(template: FrozenTrial, trial_id: int) -> Iterator[Any]:
     """A trial's parameters and attributes as Optuna stores them."""
     for name, value in template.params.items():
@@ -469,6 +485,8 @@ def _with_params(study: optuna.Study, config: StudyConfig, ticket_number: int, t
         params, _ = _propose(study, config, ticket_number, others, params)
         for key in [key for key in space if key not in frozen.params]:
             study._storage.set_trial_param(trial_id, key, space[key].to_internal_repr(params[key]), space[key])
+        # Another ticket may be adopting the same trial: what was written first stays, and is what both have to train.
+        params = dict(study._storage.get_trial(trial_id).params)
     return AskedTrial(trial_id, frozen.number, {key: params[key] for key in space})
 
 
@@ -514,13 +532,19 @@ def _propose(
     sampler.before_trial(view, trial)
     # Trial 0 had the whole space, so what samplers infer from the history is the space itself, once there is some.
     open_space = {key: entry for key, entry in space.items() if not entry.single() and key not in known}
-    is_relative = len(trials) > 0 and not isinstance(sampler, optuna.samplers.RandomSampler)
-    drawn = sampler.sample_relative(view, trial, open_space) if is_relative else {}
+    drawn = sampler.sample_relative(view, trial, open_space) if trials and _draws_together(config) else {}
     params = dict(known)
     for key, entry in space.items():
         if key not in known:
             params[key] = float(_value(view, trial, key, entry, drawn))
     return params, reading.notes
+
+
+def _draws_together(config: StudyConfig) -> bool:
+    """Whether the sampler chooses all keys at once, not each by itself."""
+    if isinstance(config.sampler, TpeSampler):
+        return config.sampler.multivariate
+    return not isinstance(config.sampler, RandomSampler | GridSampler)
 
 
 def _value(
@@ -586,13 +610,19 @@ class _Reading:
         return getattr(self._storage, name)
 
 
-def orphans(study: optuna.Study, linked: Collection[int]) -> tuple[int, ...]:
-    """Ids of the RUNNING trials that no ticket links: their worker may be about to, or lost them.
+def orphans(study: optuna.Study, owned: Callable[[Mapping[int, int | None]], Collection[int]]) -> tuple[int, ...]:
+    """Ids of the RUNNING trials that have lost their worker.
 
-    `ask` adopts what is lost; what is left when all tickets are spent can be told FAIL.
+    `ask` adopts them; what is left when all tickets are spent can be told FAIL.
+
+    Args:
+        study: the Optuna study.
+        owned: finds those that tickets own or may still link, as for `ask`. Called after the trials were read, so that
+            one that is made meanwhile is not taken for lost.
     """
-    known = set(linked)
-    return tuple(trial._trial_id for trial in _retry(lambda: _running(study)) if trial._trial_id not in known)
+    running = {trial._trial_id: trial.user_attrs.get(TICKET_ATTR) for trial in _retry(lambda: _running(study))}
+    taken = owned(running)
+    return tuple(trial_id for trial_id in running if trial_id not in taken)
 
 
 # ---- the mirror ------------------------------------------------------------------------------------------------------
@@ -637,6 +667,8 @@ def should_prune(study: optuna.Study, config: StudyConfig, trial_id: int, epochs
             return False
         if _has_rungs(pruner):
             trial = _before_asking(study._storage, trial, epochs_done)
+            # Among its rivals as well, or a rung that a lost question has written would count twice.
+            trials = [trial if other._trial_id == trial_id else other for other in trials]
         view = copy.copy(study)
         view._storage = _Reading(study._storage, trial, trials)  # type: ignore[assignment]
         return bool(study.pruner.prune(view, trial)) and not _is_base(config, trial)

@@ -365,21 +365,17 @@ class Ledger:
         Raises:
             LeaseLostError: the ticket is no longer held.
         """
-        columns = ticket_table.c
-        makers = {number for number in running.values() if number is not None}
-        mine = columns.id == ticket.id
-        linked = columns.trial_id.in_(sorted(running))
-        made = (columns.kind == ticket.kind) & columns.number.in_(sorted(makers))
-        wanted = (columns.study == ticket.study) & (mine | linked | made)
-        query = sa.select(columns.id, columns.number, columns.state, columns.attempt, columns.trial_id).where(wanted)
-        rows = self._read(lambda connection: connection.execute(query).all())
-        if not any(row[:4] == (ticket.id, ticket.number, TicketState.RUNNING, ticket.attempt) for row in rows):
-            raise lost(ticket)
-        open_makers = {
-            row.number for row in rows if row.trial_id is None and row.state not in FINAL and row.id != ticket.id
-        }
-        taken = {row.trial_id for row in rows if row.trial_id is not None}
-        return {id_ for id_, maker in running.items() if id_ in taken or maker in open_makers}
+
+        def read(connection: Connection) -> set[int]:
+            if connection.execute(sa.select(ticket_table.c.id).where(held(ticket))).one_or_none() is None:
+                raise lost(ticket)
+            return _claimed_trials(connection, ticket.study, ticket.kind, running, but=ticket.id)
+
+        return self._read(read)
+
+    def claimed_trial_ids(self, study: str, running: Mapping[int, int | None]) -> set[int]:
+        """As `owned_trial_ids`, for nobody: which RUNNING trials of Optuna tickets own, or may be about to link."""
+        return self._read(lambda connection: _claimed_trials(connection, study, SEARCH, running))
 
     @staticmethod
     def condition(ticket: Ticket) -> Callable[[Connection], None]:
@@ -516,7 +512,8 @@ class Ledger:
             raise ValueError(f"COMPLETE needs a finite value, not {value}")
 
         def finish(connection: Connection) -> Ticket:
-            stored = read_ticket(connection, ticket.id)
+            # Locked, which waits for an earlier try whose connection was lost while its commit went on.
+            stored = read_ticket(connection, ticket.id, lock=True)
             if stored.attempt == ticket.attempt and stored.state is state:
                 return stored
             return update_held(
@@ -768,6 +765,21 @@ class Ledger:
 def _update_study(connection: Connection, name: str, values: Mapping[str, Any]) -> None:
     read_study(connection, name)
     connection.execute(sa.update(study_table).where(study_table.c.name == name).values(**values))
+
+
+def _claimed_trials(
+    connection: Connection, study: str, kind: str, running: Mapping[int, int | None], but: int | None = None
+) -> set[int]:
+    """Those of some trials (id, number of the maker) that tickets own, or whose maker, other than `but`, may link."""
+    columns = ticket_table.c
+    linked = columns.trial_id.in_(sorted(running))
+    makers = {number for number in running.values() if number is not None}
+    made = (columns.kind == kind) & columns.number.in_(sorted(makers))
+    query = sa.select(columns.id, columns.number, columns.state, columns.trial_id)
+    rows = connection.execute(query.where((columns.study == study) & (linked | made))).all()
+    open_makers = {row.number for row in rows if row.trial_id is None and row.state not in FINAL and row.id != but}
+    taken = {row.trial_id for row in rows if row.trial_id is not None}
+    return {id_ for id_, maker in running.items() if id_ in taken or maker in open_makers}
 
 
 def _expired(ticket: Ticket, now: float) -> bool:

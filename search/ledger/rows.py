@@ -35,9 +35,10 @@ def ticket_of(row: Row[Any]) -> Ticket:
     return Ticket(**values)
 
 
-def read_ticket(connection: Connection, ticket_id: int) -> Ticket:
-    """Raises LookupError for an id that does not exist."""
-    row = connection.execute(sa.select(*TICKET_COLUMNS).where(ticket_table.c.id == ticket_id)).one_or_none()
+def read_ticket(connection: Connection, ticket_id: int, *, lock: bool = False) -> Ticket:
+    """One ticket, locked until the transaction ends if asked; raises LookupError for an id that does not exist."""
+    query = sa.select(*TICKET_COLUMNS).where(ticket_table.c.id == ticket_id)
+    row = connection.execute(query.with_for_update() if lock else query).one_or_none()
     if row is None:
         raise LookupError(f"no ticket {ticket_id}")
     return ticket_of(row)

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import closing
+from functools import partial
 
 from search.errors import LeaseLostError, StudyStoppedError
 from search.ledger import MAX_STALLED, Ticket, TicketState
@@ -71,8 +72,9 @@ class Worker:
         """Number of trials that ended here; after the last of the study, Optuna has no trial open either."""
         if not any(self._ledger.open_counts(self._config.name).values()):
             # A ticket that failed between `ask` and its link leaves a trial that nobody pays for.
-            linked = self._ledger.linked_trial_ids(self._config.name)
-            for trial_id in orphans(self._context.study, linked):
+            # Not one of a ticket that was added just now.
+            owned = partial(self._ledger.claimed_trial_ids, self._config.name)
+            for trial_id in orphans(self._context.study, owned):
                 tell(self._context.study, trial_id, TicketState.FAIL)
         return self._ledger.ended_by(self._context.worker_id)
 

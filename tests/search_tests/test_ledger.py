@@ -30,7 +30,7 @@ from search.errors import (
 )
 from search.ledger import MAX_STALLED, Ledger, StudyRecord, Ticket, TicketState, TrialTakenError, WorkerState
 from search.ledger.tables import metadata, to_json_value
-from search.study import ask, create_study, load_study, open_storage
+from search.study import ask, create_study, load_study, open_storage, orphans
 
 RECORD = StudyRecord(
     name="s",
@@ -527,6 +527,22 @@ def test_owned_trial_ids_tells_who_may_still_link_from_who_cannot(ledger: Ledger
     ledger.hand_back([mine])
     with pytest.raises(LeaseLostError):
         ledger.owned_trial_ids(mine, running)
+    assert ledger.claimed_trial_ids("s", running) == {100, 102, 104}
+
+
+def test_orphans_trial_of_a_ticket_added_meanwhile_is_not_lost(empty: Ledger, storage_url: str) -> None:
+    storage = open_storage(storage_url)
+    empty.create_study(RECORD, [None], create_study(SAMPLED, storage))
+    study = load_study(SAMPLED, storage)
+    (base,) = empty.claim("s", "first", 1, 600)
+    empty.finish(base, TicketState.FAIL, None, "broke")
+    lost = ask(study, SAMPLED, 7, linked={base.trial_id or 0})
+    # The first worker believes now that the study is over.
+    empty.add_tickets("s", 1)
+    (added,) = empty.claim("s", "second", 1, 600)
+    ask(study, SAMPLED, added.number, linked={base.trial_id or 0, lost.trial_id})
+
+    assert orphans(study, partial(empty.claimed_trial_ids, "s")) == (lost.trial_id,)
 
 
 def test_ask_by_an_attempt_that_is_over_makes_no_trial(empty: Ledger, storage_url: str) -> None:

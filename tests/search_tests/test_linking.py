@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -11,7 +12,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
+import sqlalchemy as sa
 from optuna.trial import TrialState
 
 from search.config import parse_study
@@ -159,3 +162,56 @@ def test_link_trial_halted_in_its_transaction_postgresql_frees_the_others(postgr
         assert go_on(process) == 0
     assert_one_to_one(ledger, postgres_url)
     assert ledger.open_counts("s")[TicketState.RUNNING] == 6
+
+
+def make_commits_slow(url: str, table: str, event: str) -> None:
+    with psycopg.connect(url, autocommit=True) as connection:
+        body = "BEGIN PERFORM pg_sleep(1.5); RETURN NULL; END"
+        connection.execute(f"CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS '{body}'")
+        deferred = "DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION slow()"
+        connection.execute(f"CREATE CONSTRAINT TRIGGER slow AFTER {event} ON {table} {deferred}")
+
+
+def cut_first_commit(engine: sa.Engine, having: str) -> list[str]:
+    """Loses the connection while the server is at work on the commit of a transaction with such a statement."""
+    cuts: list[str] = []
+
+    def note(connection: sa.Connection, _cursor: Any, statement: str, *_: Any) -> None:
+        connection.info["wanted"] = connection.info.get("wanted") or statement.startswith(having)
+
+    def cut(connection: sa.Connection) -> None:
+        if connection.info.pop("wanted", False) and not cuts:
+            cuts.append(having)
+            line = socket.socket(fileno=os.dup(connection.connection.dbapi_connection.fileno()))  # type: ignore[union-attr]
+            threading.Timer(0.3, lambda: line.shutdown(socket.SHUT_RDWR)).start()
+
+    sa.event.listen(engine, "before_cursor_execute", note)
+    sa.event.listen(engine, "commit", cut)
+    return cuts
+
+
+def test_link_trial_connection_lost_while_the_server_commits_makes_no_second_trial(postgres_url: str) -> None:
+    ledger = new_study(postgres_url)
+    make_commits_slow(postgres_url, "trials", "INSERT")
+    storage = open_storage(postgres_url)
+    cuts = cut_first_commit(storage.engine, "INSERT INTO trials ")
+    (ticket,) = ledger.claim("s", "next", 1, 600)
+
+    linked = link_trial(ledger, load_study(CONFIG, storage), CONFIG, ticket)
+
+    assert cuts
+    trials = load_study(CONFIG, open_storage(postgres_url)).trials
+    assert [trial.number for trial in trials] == [0, linked.trial_number] == [0, 1]
+
+
+def test_finish_connection_lost_while_the_server_commits_is_not_a_lost_lease(postgres_url: str) -> None:
+    ledger = new_study(postgres_url)
+    (ticket,) = ledger.claim("s", "next", 1, 600)
+    make_commits_slow(postgres_url, "yolosearch_ticket", "UPDATE")
+    engine = make_engine(postgres_url)
+    cuts = cut_first_commit(engine, "UPDATE yolosearch_ticket ")
+
+    ended = Ledger(engine).finish(ticket, TicketState.COMPLETE, 0.5, None)
+
+    assert cuts
+    assert (ended.state, ended.value) == (TicketState.COMPLETE, 0.5)

@@ -11,9 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psycopg
 import pytest
 from optuna.storages import GrpcStorageProxy
 from optuna.trial import TrialState
+from sqlalchemy.engine import make_url
 from tiny import ENVIRONMENT, make_study
 
 from search.config import parse_study
@@ -118,6 +120,28 @@ def test_run_worker_through_the_proxy_leases_in_the_database_and_ends_the_study(
     trials = study.optuna_trials()
     assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 3
     assert [trial.value for trial in trials] == [ticket.value for ticket in study.tickets()]
+
+
+def test_report_through_the_proxy_waits_for_the_proxys_database(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = create_study(CONFIG, open_storage(postgres_url))
+    name = str(make_url(postgres_url).database)
+    port = free_port()
+    monkeypatch.setenv(GRPC_VARIABLE, f"127.0.0.1:{port}")
+    server = make_url(postgres_url).set(database="postgres").render_as_string(hide_password=False)
+    with proxy(postgres_url, port), psycopg.connect(server, autocommit=True) as connection:
+        study = load_study(CONFIG, open_worker_storage(postgres_url))
+        connection.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
+        connection.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", [name])
+        Row.value = 0.3
+        reporting = threading.Thread(target=mirror_reports, args=(study, base.trial_id, [Row()]))
+        reporting.start()
+        time.sleep(1)
+        connection.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
+        reporting.join(60)
+
+        assert study.trials[0].intermediate_values == {1: 0.3}
 
 
 @pytest.mark.parametrize("address", ["nonsense", ":13000", "host:", "host:port"])

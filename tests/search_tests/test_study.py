@@ -28,6 +28,7 @@ from search.study import (
     ask,
     check_sampler,
     create_pruner,
+    create_sampler,
     create_study,
     delete_study,
     load_study,
@@ -176,8 +177,8 @@ def test_ask_again_after_a_crash_before_the_link_finds_the_same_trial(storage_ur
 
     assert found == lost
     assert len(study.trials) == 2
-    assert orphans(study, {base.trial_id}) == (lost.trial_id,)
-    assert orphans(study, {base.trial_id, lost.trial_id}) == ()
+    assert orphans(study, lambda _: {base.trial_id}) == (lost.trial_id,)
+    assert orphans(study, lambda running: set(running)) == ()
 
 
 def test_ask_after_a_crash_between_two_parameters_keeps_the_first(storage: optuna.storages.RDBStorage) -> None:
@@ -193,6 +194,45 @@ def test_ask_after_a_crash_between_two_parameters_keeps_the_first(storage: optun
     assert (trial.trial_id, trial.params["box"]) == (trial_id, first)
     assert 0.3 <= trial.params["obj"] <= 2.1
     assert stored(study, trial_id).params == trial.params
+
+
+def test_ask_two_tickets_complete_one_trial_at_once_have_what_is_stored(
+    storage: optuna.storages.RDBStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = study_config()
+    study, base = start(config, storage)
+    trial_id = study._storage.create_new_trial(
+        study._study_id, template_trial=create_trial(state=TrialState.RUNNING, user_attrs={TICKET_ATTR: 1})
+    )
+    write = study._storage.set_trial_param
+
+    def write_second(trial_id: int, name: str, value: float, distribution: Any) -> None:
+        storage.set_trial_param(trial_id, name, 0.7 if name == "obj" else 0.1, distribution)
+        write(trial_id, name, value, distribution)
+
+    monkeypatch.setattr(study._storage, "set_trial_param", write_second)
+    trial = ask(study, config, 1, linked={base.trial_id})
+
+    assert trial.params == stored(study, trial_id).params == {"box": 0.1, "obj": 0.7}
+
+
+@pytest.mark.parametrize(
+    "sampler", [{"name": "tpe"}, {"name": "tpe", "multivariate": False}, {"name": "cmaes"}], ids=str
+)
+def test_ask_proposes_what_optuna_itself_would(storage: optuna.storages.RDBStorage, sampler: dict[str, Any]) -> None:
+    config = study_config(sampler=sampler)
+    study, base = start(config, storage)
+    tell(study, base.trial_id, "COMPLETE", 0.0)
+    space = distributions(config)
+    for ticket in range(1, 25):
+        twin = optuna.create_study(direction="maximize", sampler=create_sampler(config, ticket_seed(config, ticket)))
+        twin.add_trials(study.trials)
+        expected = optuna.Trial(twin, twin._storage.create_new_trial(twin._study_id))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            trial = ask(study, config, ticket, linked=())
+        assert trial.params == {key: expected._suggest(key, entry) for key, entry in space.items()}
+        tell(study, trial.trial_id, "COMPLETE", -((trial.params["box"] - 0.1) ** 2) - (trial.params["obj"] - 1) ** 2)
 
 
 def test_ask_adopts_another_tickets_orphan_unless_its_parameters_were_fixed(
@@ -398,6 +438,17 @@ def test_should_prune_asked_again_after_a_lost_answer_says_the_same(
     assert answers == repeated
     assert any(answers)
     assert not all(answers)
+
+
+def test_should_prune_asked_again_does_not_count_its_own_rung_as_a_rival(storage: optuna.storages.RDBStorage) -> None:
+    config = study_config(pruner={"name": "asha", "min_epochs": 1, "reduction_factor": 2})
+    study, base = start(config, storage)
+    trial, *others = reversed(start_trials(study, config, base, [(0.4,), (0.6,), (0.5,)]))
+    for other in others:
+        should_prune(study, config, other.trial_id, 1)
+
+    # One of three goes on. Counted twice it would be the second of four.
+    assert [should_prune(study, config, trial.trial_id, 1) for _ in range(2)] == [True, True]
 
 
 def test_optuna_asha_asked_twice_contradicts_itself(storage: optuna.storages.RDBStorage) -> None:
