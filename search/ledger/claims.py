@@ -4,6 +4,7 @@ A transaction that locks rows here has them to itself: PostgreSQL skips rows tha
 looks again at those that changed meanwhile; on SQLite the whole transaction is exclusive (BEGIN IMMEDIATE).
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +19,11 @@ from search.ledger.tables import ticket_table
 MAX_STALLED = 3
 """After so many attempts in a row without a new checkpoint a trial is FAIL."""
 
+MOST_ACCEPTED = 1000
+"""A claim that chooses looks no further: far more than join at once, and no more than a statement may name."""
+
 _columns = ticket_table.c
+_ORDER = (sa.case((_columns.epochs_done > 0, 0), else_=1), _columns.number)
 _is_running = _columns.state == TicketState.RUNNING
 _stalled_if_taken = sa.case(
     (_is_running & (_columns.epochs_done <= _columns.epochs_at_claim), _columns.stalled_attempts + 1),
@@ -91,7 +96,7 @@ def _lock_claimable(
     query = (
         sa.select(*TICKET_COLUMNS)
         .where(_claimable(study, kind, now) & condition)
-        .order_by(sa.case((_columns.epochs_done > 0, 0), else_=1), _columns.number)
+        .order_by(*_ORDER)
         .limit(limit)
         .with_for_update(skip_locked=True)
     )
@@ -105,8 +110,9 @@ def _claimable(study: str, kind: str, now: float) -> sa.ColumnElement[bool]:
 
 def _accepted(connection: Connection, study: str, kind: str, now: float, accept: Callable[[Ticket], bool]) -> list[int]:
     """Looked for before any is locked: most will not be wanted, and others may claim them meanwhile."""
-    rows = connection.execute(sa.select(*TICKET_COLUMNS).where(_claimable(study, kind, now)))
-    return [ticket.id for ticket in map(ticket_of, rows) if accept(ticket)]
+    rows = connection.execute(sa.select(*TICKET_COLUMNS).where(_claimable(study, kind, now)).order_by(*_ORDER))
+    found = (ticket.id for ticket in map(ticket_of, rows) if accept(ticket))
+    return list(itertools.islice(found, MOST_ACCEPTED))
 
 
 def _end_expired(connection: Connection, ticket: Ticket) -> Ticket:

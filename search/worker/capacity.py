@@ -42,7 +42,7 @@ def measured_limit(context: WorkerContext, trainer: TrainerLink, largest: int) -
     if largest == 1:
         return 1
     found: list[Capacity] = []
-    share = _workers_here(context) if context.train.device == "cpu" else 1
+    share = workers_here(context) if context.train.device == "cpu" else 1
     try:
         trainer.send(MeasureCapacity(context.config.base_hyperparameters(), largest, share))
         while not isinstance(message := trainer.receive(), Measured):
@@ -73,10 +73,11 @@ def largest_useful(context: WorkerContext) -> int:
     return max(1, min(pack_limit(config), math.ceil(left / (max(workers, 1) * rounds))))
 
 
-def _workers_here(context: WorkerContext) -> int:
+def workers_here(context: WorkerContext) -> int:
     """Workers of this host that have the same memory to share."""
     running = context.ledger.workers(context.config.name, WorkerState.RUNNING)
-    return max(1, sum(worker.device == context.train.device for worker in neighbours(running)))
+    # A row names the precision behind the device.
+    return max(1, sum(worker.device.split()[:1] == [context.train.device] for worker in neighbours(running)))
 
 
 def capacity_table(found: Sequence[Capacity], chosen: int) -> str:

@@ -276,6 +276,15 @@ def test_claim_accept_chooses_among_those_that_join(ledger: Ledger) -> None:
     assert numbers(ledger.claim("s", "w", 1, 60, joining=True, accept=lambda ticket: ticket.trial_id is None)) == [1]
 
 
+@pytest.mark.slow
+def test_claim_accept_among_more_tickets_than_a_statement_may_name_goes_by_number(ledger: Ledger) -> None:
+    ledger.add_tickets("s", 70_000)  # PostgreSQL takes 65 535 values
+
+    joined = ledger.claim("s", "w", 2, 60, joining=True, accept=lambda ticket: ticket.number >= 5)
+
+    assert numbers(joined) == [5, 6]
+
+
 def test_hand_back_is_not_charged_and_keeps_progress(ledger: Ledger) -> None:
     for attempt in range(1, 6):
         ticket = claim_one(ledger)

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,9 @@ from search.database import make_engine
 from search.errors import LeaseLostError, StudyConflictError, StudyStoppedError, UnknownStudyError, UserInputError
 from search.ledger import Ledger, Ticket, TicketState, WorkerState
 from search.tracking import TrackingConfigError, open_tracker
-from search.worker import supply, trainer_process
+from search.worker import session, supply, trainer_process
+from search.worker.capacity import workers_here
+from search.worker.context import WorkerContext
 from search.worker.host import host_identity, is_alive, process_identity, release_dead_neighbours
 from search.worker.lease import LeaseKeeper
 from search.worker.linking import link_trial
@@ -216,6 +219,19 @@ def test_run_worker_pack_auto_measures_its_packs_and_says_so(
     assert study.states() == [COMPLETE] * 3
     slots = [row.metrics["slots"] for rows in study.ledger.all_reports(NAME).values() for row in rows]
     assert max(slots) == worker.pack
+
+
+def test_workers_here_counts_those_of_this_host_on_the_same_device(
+    created: TinyStudy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contexts: list[WorkerContext] = []
+    monkeypatch.setattr(session, "Worker", lambda context, *_: SimpleNamespace(run=lambda: contexts.append(context)))
+    created.work("gone")
+    for number, device in enumerate(("cpu fp32", "cpu bf16", "cuda:0 bf16")):
+        created.ledger.register_worker(f"w{number}", NAME, process_identity(), os.getpid(), device)
+    created.ledger.register_worker("far", NAME, "elsewhere@1", os.getpid(), "cpu fp32")
+
+    assert workers_here(contexts[0]) == 2
 
 
 def test_run_worker_measurement_that_spoils_the_device_is_no_trials_fault(
