@@ -7,6 +7,7 @@ import re
 import signal
 import struct
 import subprocess
+import sys
 import termios
 import threading
 import time
@@ -103,7 +104,7 @@ def test_launch_two_workers_finish_a_study_by_its_name_and_show_lines(make: Call
 
 def test_launch_of_a_file_creates_the_study_and_prints_json_at_the_end(make: Callable[..., TinyStudy]) -> None:
     study = make(trials=1, train={"epochs": 1})
-    words = [*map(str, ("python", "-m", "search", "launch", study.file, "--runs-dir", study.runs, "--json"))]
+    words = [*map(str, (sys.executable, "-m", "search", "launch", study.file, "--runs-dir", study.runs, "--json"))]
 
     done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=300)
 
