@@ -69,6 +69,7 @@ class StudyStatus:
     best: TrialStatus | None
     base: TrialStatus | None
     slot_epochs: int
+    """Epochs that all trials have trained together, evaluated or not."""
     eta_seconds: float | None
     stop_reason: str | None
     unsent: int
@@ -107,7 +108,7 @@ def study_status(ledger: Ledger, config: StudyConfig) -> StudyStatus:
         packs={worker.id: worker.pack for worker in workers if worker.pack is not None and _is_fresh(worker, now)},
         best=max(complete, key=lambda trial: trial.value or 0.0, default=None),
         base=_base(tickets, trials),
-        slot_epochs=sum(len(rows) for rows in reports.values()),
+        slot_epochs=sum(trial.epoch for trial in trials),
         eta_seconds=_eta(tickets, reports),
         stop_reason=record.stop_reason,
         unsent=sum(ticket.state.is_final and not ticket.mirrored for ticket in tickets) * config.tracking.enabled,

@@ -382,16 +382,6 @@ class Ledger:
         """For writes by others in this database: raises LeaseLostError in their transaction unless the lease holds."""
         return lambda connection: lock_held(connection, ticket)
 
-    def linked_trial_ids(self, study: str, among: Iterable[int] | None = None) -> set[int]:
-        """Ids of the Optuna trials that tickets own; with `among` only those of them, which is cheaper."""
-        trial_id = ticket_table.c.trial_id
-        query = sa.select(trial_id).where((ticket_table.c.study == study) & trial_id.is_not(None))
-        if among is not None:
-            query = query.where(trial_id.in_(sorted(among)))
-        return self._read(
-            lambda connection: {number for number in connection.execute(query).scalars() if number is not None}
-        )
-
     def link_trial(self, ticket: Ticket, trial_id: int, trial_number: int, params: Mapping[str, Any]) -> Ticket:
         """Stores which Optuna trial, with which parameters, this ticket pays for; once and for all its attempts.
 

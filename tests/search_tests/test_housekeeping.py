@@ -510,7 +510,7 @@ def test_retry_is_asked_of_optuna_as_a_trial_of_its_own_with_the_same_parameters
     (added,) = retry(aside.ledger, config)
     study = load_study(config, open_storage(aside.storage_url))
     tell(study, aside.ledger.tickets("s")[0].trial_id or 0, "FAIL")
-    linked = aside.ledger.linked_trial_ids("s")
+    linked = {ticket.trial_id for ticket in aside.ledger.tickets("s") if ticket.trial_id is not None}
     asked = ask(study, config, added.number, linked, added.fixed_params)
     assert asked.params == aside.ledger.tickets("s")[0].params
     assert asked.trial_id not in linked

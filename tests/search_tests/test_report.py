@@ -73,6 +73,13 @@ def test_study_status_nothing_claimed(study: TinyStudy) -> None:
     assert headline(status) == "4 waiting"
 
 
+def test_study_status_epochs_between_evaluations_are_spent_too(study: TinyStudy) -> None:
+    (ticket,) = study.ledger.claim(NAME, "here", 1, 60.0)
+    study.ledger.record_epoch(ticket, 2, 0.3, {"fitness": 0.3})
+
+    assert status_of(study).slot_epochs == 3
+
+
 def test_study_status_best_base_and_counts(worked: TinyStudy) -> None:
     status = status_of(worked)
 
