@@ -344,7 +344,7 @@ def _print_comparison(config: StudyConfig, status: StudyStatus) -> None:
     from search.space import hyperparameters
 
     base = config.base_hyperparameters()
-    best = base if status.best is None else hyperparameters(base, status.best.params)
+    best = base if status.best is None else hyperparameters(config, status.best.params)
     out.print(comparison_table(status, base.to_mapping(), best.to_mapping()))
 
 

@@ -74,7 +74,7 @@ def best_trial(ledger: Ledger, config: StudyConfig) -> BestTrial:
     return BestTrial(
         study=config.name,
         trial_number=best.number if best.trial_number is None else best.trial_number,
-        hyperparameters=hyperparameters(config.base_hyperparameters(), best.params or {}),
+        hyperparameters=hyperparameters(config, best.params or {}),
         searched=tuple(config.space),
         objective=config.objective.describe(),
         value=_value(best),

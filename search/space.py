@@ -72,9 +72,9 @@ def grid_points(config: StudyConfig) -> tuple[dict[str, float], ...]:
     return (base, *others)
 
 
-def hyperparameters(base: Hyperparameters, params: Mapping[str, float]) -> Hyperparameters:
-    """The base with a trial's parameters in place."""
-    return base.replace(**{key: float(value) for key, value in params.items()})
+def hyperparameters(config: StudyConfig, params: Mapping[str, float]) -> Hyperparameters:
+    """The raw hyperparameters of a trial: the base with what its search parameters say in place."""
+    return config.base_hyperparameters().replace(**{key: float(value) for key, value in params.items()})
 
 
 PackKey = tuple[float, ...]

@@ -156,7 +156,7 @@ class Mirror:
     def _run_of(self, ticket: Ticket) -> str:
         if ticket.run_id is not None:
             return ticket.run_id
-        hyp = hyperparameters(self._context.config.base_hyperparameters(), ticket.params or {})
+        hyp = hyperparameters(self._context.config, ticket.params or {})
         run_id = self._tracker.ensure_trial_run(
             self._context.record.name,
             self._ticket_key(ticket),
@@ -215,7 +215,7 @@ class Mirror:
             logger.warning("%s", error)
 
     def _hyp_text(self, ticket: Ticket) -> str:
-        hyp = hyperparameters(self._context.config.base_hyperparameters(), ticket.params or {})
+        hyp = hyperparameters(self._context.config, ticket.params or {})
         return hyp.to_yaml([f"trial {ticket.trial_number} of study {ticket.study}, unconfirmed"])
 
     def _sync_summary(self, ticket: Ticket) -> None:

@@ -122,7 +122,7 @@ class PackRun:
             key=str(ticket.id),
             number=ticket.number,
             attempt=ticket.attempt,
-            hyperparameters=hyperparameters(self._config.base_hyperparameters(), ticket.params or {}),
+            hyperparameters=hyperparameters(self._config, ticket.params or {}),
             epochs_done=ticket.epochs_done,
             checkpoint=ticket.checkpoint,
             best_value=None if found is None else found[0],

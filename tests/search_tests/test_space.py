@@ -17,7 +17,6 @@ from search.space import (
     pack_limit,
     packs_by_value,
 )
-from yolocore.hyperparameters import Hyperparameters
 
 
 def study(space: dict[str, Any], **changes: Any) -> StudyConfig:
@@ -102,9 +101,9 @@ def test_grid_points_order_is_a_function_of_the_seed() -> None:
 
 
 def test_hyperparameters_puts_the_parameters_into_the_base() -> None:
-    base = Hyperparameters(lr0=0.02)
+    config = study({"box": {"low": 0.02, "high": 0.2}, "fl_gamma": [0, 1]}, base_hyp={"lr0": 0.02})
 
-    found = hyperparameters(base, {"box": 0.07, "fl_gamma": 1})
+    found = hyperparameters(config, {"box": 0.07, "fl_gamma": 1})
 
     assert (found.lr0, found.box, found.fl_gamma, found.cls) == (0.02, 0.07, 1.0, 0.5)
 
