@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 from rich.logging import RichHandler
 
-from search import cli_data, cli_doctor, cli_launch, cli_studies
+from search import cli_data, cli_doctor, cli_launch, cli_studies, cli_watch
 from search.cli_common import (
     AsJson,
     Checkpoints,
@@ -119,6 +119,7 @@ def create(study: StudyFile, trials: MoreTrials = None, storage: Storage = None,
 
 
 app.add_typer(cli_launch.app)
+app.add_typer(cli_watch.app)
 
 
 @app.command()

@@ -69,10 +69,12 @@ def study_name(study: str) -> str:
     return load_study_config(Path(study)).name if is_study_file(study) else check_study_name(study)
 
 
-def open_study(study: str, storage: str | None, runs_dir: Path | None) -> tuple[Ledger, StudyConfig]:
-    """A study that exists."""
+def open_study(
+    study: str, storage: str | None, runs_dir: Path | None, patience: float = 60.0
+) -> tuple[Ledger, StudyConfig]:
+    """A study that exists; its ledger retries for `patience` seconds while the database is away."""
     name = study_name(study)
-    ledger = open_existing(resolve_storage_url(storage, runs_folder(runs_dir), name), name)
+    ledger = open_existing(resolve_storage_url(storage, runs_folder(runs_dir), name), name, patience)
     ledger.check_schema()
     return ledger, StudyConfig.from_json(ledger.study(name).config)
 

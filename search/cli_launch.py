@@ -39,7 +39,7 @@ from search.cli_common import (
     runs_folder,
     study_name,
 )
-from search.cli_live import Screen, TrialScreen, WorkerScreen, watch
+from search.cli_live import Screen, TrialScreen, WorkerScreen, look_after
 from search.config import StudyConfig
 from search.database import resolve_storage_url
 from search.errors import EXIT_INTERRUPTED, SearchError, StudyStoppedError, UserInputError
@@ -300,7 +300,7 @@ def _work(job: _Job, launcher: Launcher, screen: Screen, *, quiet: bool) -> None
     signal.signal(signal.SIGTERM, _interrupt)
     with launcher:
         try:
-            watch(launcher, job.ledger, job.config, None if quiet else screen)
+            look_after(launcher, job.ledger, job.config, None if quiet else screen)
         except KeyboardInterrupt:
             print_line(STOPPING, to=err)
             raise

@@ -1,10 +1,10 @@
-"""What `run` and `launch` show while workers work: a table that renews itself on a terminal, lines elsewhere."""
+"""What `run`, `launch` and `watch` show: a table that renews itself on a terminal, lines elsewhere."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Protocol
 
@@ -23,9 +23,41 @@ from search.report import StudyStatus, duration, headline, live_view, new_table,
 POLL_SECONDS = 0.5
 READ_SECONDS = 1.0
 READ_SHARE = 0.1
-"""Of the launcher's time: on a database that is slow or holds many trials the table is renewed less often."""
+"""Of the time: on a database that is slow or holds many trials the table is renewed less often."""
 
-_STYLES = {"trains": "green", "starts": "cyan", "idle": "dim", "waits": "yellow", "given up": "red", "done": "dim"}
+ACTIVITY_STYLES = {
+    "trains": "green",
+    "starts": "cyan",
+    "idle": "dim",
+    "waits": "yellow",
+    "silent": "yellow",
+    "given up": "red",
+    "done": "dim",
+}
+
+
+def new_live() -> Live:
+    """A part of the terminal that renews itself, below what was printed; nothing of it is left when it ends."""
+    return Live(console=out, refresh_per_second=2, transient=True)
+
+
+class Turns:
+    """When the database is read again: every second, less often where that would take much of the time."""
+
+    def __init__(self) -> None:
+        self._next = 0.0
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is time."""
+        return time.monotonic() >= self._next
+
+    @contextmanager
+    def measured(self) -> Iterator[None]:
+        """Around a reading: how long it takes decides when the next one is due."""
+        began = time.monotonic()
+        yield
+        self._next = began + max(READ_SECONDS, (time.monotonic() - began) / READ_SHARE)
 
 
 class Screen(Protocol):
@@ -81,7 +113,7 @@ class WorkerScreen(TrialScreen):
         yield from super().lines(status, workers)
 
 
-def watch(launcher: Launcher, ledger: Ledger, config: StudyConfig, screen: Screen | None) -> None:
+def look_after(launcher: Launcher, ledger: Ledger, config: StudyConfig, screen: Screen | None) -> None:
     """Looks after the workers until none is left, showing them.
 
     Args:
@@ -90,20 +122,18 @@ def watch(launcher: Launcher, ledger: Ledger, config: StudyConfig, screen: Scree
         config: Of the study.
         screen: What to show; None for nothing.
     """
-    live = Live(console=out, refresh_per_second=2, transient=True) if out.is_terminal and screen is not None else None
-    next_read = 0.0
+    live = new_live() if out.is_terminal and screen is not None else None
+    turns = Turns()
     with live or nullcontext():
         while launcher.poll():
-            began = time.monotonic()
-            if screen is not None and began >= next_read:
-                status = study_status(ledger, config)
-                if live is not None:
-                    live.update(screen.view(status, launcher.views()))
-                else:
-                    for line in screen.lines(status, launcher.views()):
-                        print_line(line)
-                cost = time.monotonic() - began
-                next_read = began + max(READ_SECONDS, cost / READ_SHARE)
+            if screen is not None and turns.is_due:
+                with turns.measured():
+                    status = study_status(ledger, config)
+                    if live is not None:
+                        live.update(screen.view(status, launcher.views()))
+                    else:
+                        for line in screen.lines(status, launcher.views()):
+                            print_line(line)
             time.sleep(POLL_SECONDS)
 
 
@@ -138,12 +168,12 @@ def _limit(table: Table, **widths: int) -> None:
 
 def _cells(line: WorkerLine) -> list[RenderableType]:
     epoch = "" if line.epoch is None else f"{line.epoch}/{line.epochs}"
-    report = "" if line.reported_seconds is None else _short(line.reported_seconds)
+    report = "" if line.reported_seconds is None else short_time(line.reported_seconds)
     return [
         str(line.index),
         "" if line.pid is None else str(line.pid),
         line.place,
-        Text(line.activity, style=_STYLES.get(line.activity, "")),
+        Text(line.activity, style=ACTIVITY_STYLES.get(line.activity, "")),
         str(line.restarts or ""),
         numbers(line.trials),
         epoch,
@@ -163,7 +193,8 @@ def numbers(values: Sequence[int]) -> str:
     return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
-def _short(seconds: float) -> str:
+def short_time(seconds: float) -> str:
+    """A time in at most six letters."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.0f} h"

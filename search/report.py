@@ -16,7 +16,7 @@ from rich.text import Text
 
 from search.config import StudyConfig
 from search.housekeeping import StudyRow
-from search.ledger import EpochRow, Ledger, Ticket, TicketState, WorkerRow, WorkerState, base_numbers
+from search.ledger import EpochRow, Ledger, StudyRecord, Ticket, TicketState, WorkerRow, WorkerState, base_numbers
 from search.prepared import Prepared
 from search.worker.lease import HEARTBEAT_SECONDS
 from yolocore.hyperparameters import LOSS_WEIGHT_KEYS
@@ -29,6 +29,9 @@ STATE_STYLES = {
     TicketState.FAIL: "red",
 }
 
+
+SILENT_BEATS = 2
+"""A worker that has missed so many beats may be dead."""
 
 START_SECONDS = 60.0
 """What a worker may take before its first epoch begins; a longer silence is time in which nobody worked."""
@@ -89,16 +92,37 @@ class StudyStatus:
         return {**asdict(self), "finished": self.finished}
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudyRows:
+    """What the database holds of a study at one moment."""
+
+    record: StudyRecord
+    tickets: tuple[Ticket, ...]
+    reports: Mapping[int, tuple[EpochRow, ...]]
+    """Of each ticket that has some, by its id."""
+    workers: tuple[WorkerRow, ...]
+    now: float
+    """On the database's clock."""
+
+    @classmethod
+    def read(cls, ledger: Ledger, study: str) -> StudyRows:
+        """Reads them; reports first, so that none is of a ticket that is missing."""
+        record, reports = ledger.study(study), ledger.all_reports(study)
+        tickets, workers = ledger.tickets(study), ledger.workers(study)
+        return cls(record=record, tickets=tickets, reports=reports, workers=workers, now=ledger.now())
+
+
 def study_status(ledger: Ledger, config: StudyConfig) -> StudyStatus:
     """Reads a study's rows and sums them up."""
-    record = ledger.study(config.name)
-    reports = ledger.all_reports(config.name)
-    tickets = ledger.tickets(config.name)
+    return sum_up(StudyRows.read(ledger, config.name), config)
+
+
+def sum_up(rows: StudyRows, config: StudyConfig) -> StudyStatus:
+    """What a study's rows say."""
+    tickets, reports, workers, now = rows.tickets, rows.reports, rows.workers, rows.now
     trials = tuple(_trial_status(ticket, reports.get(ticket.id, ()), config) for ticket in tickets)
     complete = [trial for trial in trials if trial.state == TicketState.COMPLETE and trial.value is not None]
     counts = {state.value: sum(ticket.state is state for ticket in tickets) for state in TicketState}
-    workers = ledger.workers(config.name)
-    now = ledger.now()
     return StudyStatus(
         study=config.name,
         counts=counts,
@@ -110,10 +134,10 @@ def study_status(ledger: Ledger, config: StudyConfig) -> StudyStatus:
         base=_base(tickets, trials),
         slot_epochs=sum(trial.epoch for trial in trials),
         eta_seconds=_eta(tickets, reports),
-        stop_reason=record.stop_reason,
+        stop_reason=rows.record.stop_reason,
         unsent=sum(ticket.state.is_final and not ticket.mirrored for ticket in tickets) * config.tracking.enabled,
         precisions=tuple(sorted({worker.device.rpartition(" ")[2] for worker in workers if " " in worker.device})),
-        prepared=Prepared.of(record.config),
+        prepared=Prepared.of(rows.record.config),
     )
 
 
@@ -126,7 +150,7 @@ def _base(tickets: Sequence[Ticket], trials: Sequence[TrialStatus]) -> TrialStat
 
 def _is_fresh(worker: WorkerRow, now: float) -> bool:
     """Whether it lives, as far as the database knows: it has missed no two beats."""
-    return worker.state is WorkerState.RUNNING and now - worker.heartbeat < 2 * HEARTBEAT_SECONDS
+    return worker.state is WorkerState.RUNNING and now - worker.heartbeat < SILENT_BEATS * HEARTBEAT_SECONDS
 
 
 def _trial_status(ticket: Ticket, rows: Sequence[EpochRow], config: StudyConfig) -> TrialStatus:
@@ -181,7 +205,7 @@ def live_view(status: StudyStatus) -> RenderableType:
     table = new_table(f"study {status.study}", "trial", "epoch", "value", *LOSS_WEIGHT_KEYS)
     for trial in status.trials:
         if trial.state == TicketState.RUNNING:
-            table.add_row(_name(trial), f"{trial.epoch}/{trial.epochs}", _value(trial.value), *_weights(trial))
+            table.add_row(_name(trial), f"{trial.epoch}/{trial.epochs}", format_value(trial.value), *_weights(trial))
     prepared = [Text(f"{name} {text}", style="dim") for name, text in status.prepared.rows()]
     return Group(table, *prepared, Text(headline(status)))
 
@@ -191,9 +215,9 @@ def headline(status: StudyStatus, *, with_eta: bool = True) -> str:
     counts = ", ".join(f"{count} {state.lower()}" for state, count in status.counts.items() if count)
     parts = [counts or "nothing yet"]
     if status.best is not None:
-        parts.append(f"best {_value(status.best.value)} (trial {status.best.number})")
+        parts.append(f"best {format_value(status.best.value)} (trial {status.best.number})")
     if status.base is not None and status.base.value is not None:
-        parts.append(f"base {_value(status.base.value)}")
+        parts.append(f"base {format_value(status.base.value)}")
     if status.unsent:
         parts.append(f"{status.unsent} to be sent to MLflow")
     if len(status.precisions) > 1:
@@ -214,7 +238,7 @@ def trials_table(status: StudyStatus) -> RenderableType:
         params = [_number(trial.params.get(key)) for key in keys]
         seconds = "" if trial.seconds is None else f"{trial.seconds:.0f}"
         epoch = f"{trial.epoch}/{trial.epochs}"
-        table.add_row(_name(trial), Text(trial.state, style=style), epoch, _value(trial.value), *params, seconds)
+        table.add_row(_name(trial), Text(trial.state, style=style), epoch, format_value(trial.value), *params, seconds)
     reasons = [Text(f"trial {_name(trial)}: {trial.reason}") for trial in status.trials if trial.reason]
     return Group(table, *reasons)
 
@@ -227,7 +251,7 @@ def studies_table(rows: Sequence[StudyRow]) -> Table:
         numbers = (sum(row.counts.values()), done, row.counts[TicketState.RUNNING], row.counts[TicketState.FAIL])
         created = datetime.fromtimestamp(row.created, UTC).strftime("%Y-%m-%d %H:%M")
         name = row.name if row.stop_reason is None else f"{row.name} (stopped)"
-        table.add_row(name, *map(str, numbers), _value(row.best), created)
+        table.add_row(name, *map(str, numbers), format_value(row.best), created)
     return table
 
 
@@ -236,7 +260,7 @@ def comparison_table(status: StudyStatus, base: Mapping[str, float], best: Mappi
     table = new_table("base against best", "", "base", "best")
     if status.base is not None and status.best is not None:
         table.add_row("trial", str(status.base.number), str(status.best.number))
-        table.add_row("objective", _value(status.base.value), _value(status.best.value))
+        table.add_row("objective", format_value(status.base.value), format_value(status.best.value))
     searched = {key for trial in status.trials for key in trial.params}
     for key in base:
         if key in searched or base[key] != best[key]:
@@ -257,7 +281,8 @@ def _name(trial: TrialStatus) -> str:
     return f"base {name}" if trial.ticket == 0 else name
 
 
-def _value(value: float | None) -> str:
+def format_value(value: float | None) -> str:
+    """An objective in four digits; nothing where there is none."""
     return "" if value is None else f"{value:.4f}"
 
 
