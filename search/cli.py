@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 import traceback
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Annotated
@@ -27,6 +28,7 @@ from search.cli_common import (
     err,
     export_hyp,
     more_trials,
+    open_study,
     out,
     plan_of,
     print_error,
@@ -38,7 +40,7 @@ from search.cli_common import (
 )
 from search.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, SearchError
 from search.launch.mlflow_ui import DEFAULT_HOST, MlflowUi
-from search.report import live_view, trials_table
+from search.report import StudyRows, epochs_enough, status_view, sum_up, trials_table
 from search.tracking import default_tracking_uri, mask_secrets, open_tracker
 from yolocore.errors import InputError, YolocoreError
 
@@ -92,12 +94,24 @@ def _exit(error: Exception | str, code: int) -> None:
 
 
 @app.command()
-def check(study: StudyFile, storage: Storage = None, runs_dir: RunsDir = None, as_json: AsJson = False) -> None:
-    """Check a study and its data, print the plan, start nothing.
+def check(
+    study: StudyFile,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Train a few steps to say how long it will take: a minute or two.")
+    ] = False,
+    storage: Storage = None,
+    runs_dir: RunsDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check a study and its data, print the plan with what it will cost, start nothing.
 
-    Example: yolosearch check studies/loss-weights.yaml
+    Example: yolosearch check studies/loss-weights.yaml --measure
     """
     plan = plan_of(study, storage, runs_folder(runs_dir))
+    if measure:
+        from search.launch.prepare import with_measured_speed
+
+        plan = with_measured_speed(plan)
     if as_json:
         print_json(plan.to_json())
     else:
@@ -124,15 +138,17 @@ app.add_typer(cli_watch.app)
 
 @app.command()
 def status(study: StudyName, storage: Storage = None, runs_dir: RunsDir = None, as_json: AsJson = False) -> None:
-    """How far a study is: counts, what runs now, best and base.
+    """How far a study is: counts, what runs now, best and base, when it is done, whether shorter trials would do.
 
     Example: yolosearch status quickstart
     """
-    _, _, now = read_study(study, storage, runs_dir)
+    ledger, config = open_study(study, storage, runs_dir)
+    rows = StudyRows.read(ledger, config.name)
+    now, curves = sum_up(rows, config), epochs_enough(rows, config)
     if as_json:
-        print_json(now.to_json())
+        print_json({**now.to_json(), "short_against_full": curves.to_json()})
     else:
-        out.print(live_view(now))
+        out.print(status_view(now, curves, datetime.now().astimezone()))
 
 
 @app.command()

@@ -6,7 +6,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from itertools import pairwise
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -15,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from search.config import StudyConfig
+from search.forecast import ShortAgainstFull, Span, expected_cost, seconds_left, short_against_full
 from search.housekeeping import StudyRow
 from search.ledger import EpochRow, Ledger, StudyRecord, Ticket, TicketState, WorkerRow, WorkerState, base_numbers
 from search.prepared import Prepared
@@ -32,9 +32,6 @@ STATE_STYLES = {
 
 SILENT_BEATS = 2
 """A worker that has missed so many beats may be dead."""
-
-START_SECONDS = 60.0
-"""What a worker may take before its first epoch begins; a longer silence is time in which nobody worked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,21 +116,22 @@ def study_status(ledger: Ledger, config: StudyConfig) -> StudyStatus:
 
 def sum_up(rows: StudyRows, config: StudyConfig) -> StudyStatus:
     """What a study's rows say."""
-    tickets, reports, workers, now = rows.tickets, rows.reports, rows.workers, rows.now
+    tickets, reports, workers = rows.tickets, rows.reports, rows.workers
     trials = tuple(_trial_status(ticket, reports.get(ticket.id, ()), config) for ticket in tickets)
     complete = [trial for trial in trials if trial.state == TicketState.COMPLETE and trial.value is not None]
     counts = {state.value: sum(ticket.state is state for ticket in tickets) for state in TicketState}
+    live = [worker.id for worker in workers if _is_fresh(worker, rows.now)]
     return StudyStatus(
         study=config.name,
         counts=counts,
         trials=trials,
-        workers=sum(_is_fresh(worker, now) for worker in workers),
+        workers=len(live),
         devices={worker.id: worker.device for worker in workers},
-        packs={worker.id: worker.pack for worker in workers if worker.pack is not None and _is_fresh(worker, now)},
+        packs={worker.id: worker.pack for worker in workers if worker.pack is not None and worker.id in live},
         best=max(complete, key=lambda trial: trial.value or 0.0, default=None),
         base=_base(tickets, trials),
         slot_epochs=sum(trial.epoch for trial in trials),
-        eta_seconds=_eta(tickets, reports),
+        eta_seconds=_seconds_left(config, tickets, reports, live),
         stop_reason=rows.record.stop_reason,
         unsent=sum(ticket.state.is_final and not ticket.mirrored for ticket in tickets) * config.tracking.enabled,
         precisions=tuple(sorted({worker.device.rpartition(" ")[2] for worker in workers if " " in worker.device})),
@@ -172,32 +170,49 @@ def _trial_status(ticket: Ticket, rows: Sequence[EpochRow], config: StudyConfig)
     )
 
 
-def _eta(tickets: Sequence[Ticket], reports: Mapping[int, Sequence[EpochRow]]) -> float | None:
-    """Seconds until the budget is spent, at the pace of the finished trials; pruning is in that pace."""
-    finished = [ticket for ticket in tickets if ticket.state.is_final and ticket.finished is not None]
-    started = [ticket.started for ticket in tickets if ticket.started is not None]
-    if not finished or not started:
-        return None
-    spent = sum(len(reports.get(ticket.id, ())) for ticket in finished)
-    mean = spent / len(finished)
-    done = sum(len(rows) for rows in reports.values())
-    left = sum(max(0.0, mean - len(reports.get(t.id, ()))) for t in tickets if not t.state.is_final)
-    return left * _busy_seconds(started, reports) / done if done else None
+def _seconds_left(
+    config: StudyConfig,
+    tickets: Sequence[Ticket],
+    reports: Mapping[int, Sequence[EpochRow]],
+    live: Sequence[str],
+) -> float | None:
+    """Seconds until the budget is spent; pruning is in what ended trials took, and in a guess as long as none has."""
+    spans = [_span(ticket, reports.get(ticket.id, ())) for ticket in tickets]
+    evaluated = len(config.evaluated_epochs())
+    typical = None
+    if not any(ticket.state.is_final for ticket in tickets):
+        cost = expected_cost(config.pruner, config.trials, config.train.epochs, config.train.eval_every)
+        typical = evaluated * cost.expected / cost.most
+    return seconds_left(spans, live, evaluated, typical)
 
 
-def _busy_seconds(started: Sequence[float], reports: Mapping[int, Sequence[EpochRow]]) -> float:
-    """How long anybody has trained: between reports, without the time in which nobody worked on the study."""
-    moments = sorted([*started, *(row.stored_at for rows in reports.values() for row in rows)])
-    # Within an attempt nobody was idle; a first epoch may take as long again, and some start.
-    paces = [
-        later.stored_at - earlier.stored_at
-        for rows in reports.values()
-        for earlier, later in pairwise(rows)
-        if earlier.attempt == later.attempt
+def _span(ticket: Ticket, rows: Sequence[EpochRow]) -> Span:
+    return Span(
+        state=ticket.state.value,
+        worker=ticket.worker,
+        started=ticket.started,
+        done=len(rows),
+        moments=tuple((row.attempt, row.stored_at) for row in rows),
+    )
+
+
+def epochs_enough(rows: StudyRows, config: StudyConfig) -> ShortAgainstFull:
+    """Whether the study's own curves say that fewer epochs per trial would do."""
+    curves = [
+        {row.epoch + 1: row.value for row in rows.reports.get(ticket.id, ())}
+        for ticket in rows.tickets
+        if ticket.kind == "search" and ticket.state is TicketState.COMPLETE
     ]
-    longest = max(paces, default=0.0)
-    idle = 2 * longest + START_SECONDS
-    return sum(gap if gap <= idle else longest for gap in (later - earlier for earlier, later in pairwise(moments)))
+    return short_against_full(curves, config.train.epochs, best=config.objective.at == "best")
+
+
+def status_view(status: StudyStatus, curves: ShortAgainstFull, now: datetime) -> RenderableType:
+    """What `status` prints: the live view, when it will be done, and what the curves say."""
+    lines = [f"short against full: {curves.line()}"] if curves.trials else []
+    if status.eta_seconds is not None and not status.finished:
+        done = datetime.fromtimestamp(now.timestamp() + status.eta_seconds, now.tzinfo)
+        lines.insert(0, f"at this pace it is done {done:%a %Y-%m-%d %H:%M %Z}".rstrip())
+    return Group(live_view(status), *map(Text, lines))
 
 
 def live_view(status: StudyStatus) -> RenderableType:

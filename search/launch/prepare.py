@@ -6,13 +6,16 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from search.config import StudyConfig, check_objective, require_resumable, shared_keys
 from search.database import init_lock, make_engine, mask_url, sqlite_path
 from search.errors import StudyConfigError, StudyConflictError, UnknownStudyError
+from search.forecast import Forecast, expected_cost
+from search.launch.speed import earlier_speed, measure_speed
 from search.ledger import Ledger, StudyRecord
 from search.paths import StudyFolder
 from search.prepared import Prepared
@@ -55,6 +58,7 @@ class StudyPlan:
     """Those of the weights, or YOLOv5's; pixels."""
     transferred: str | None
     """How many of the model's tensors the weights file gives, as 343/349."""
+    forecast: Forecast
     notices: tuple[str, ...]
 
     def rows(self) -> list[tuple[str, str]]:
@@ -74,6 +78,7 @@ class StudyPlan:
             ("objective", config.objective.describe()),
             ("trials", f"{config.trials}, sampler {config.sampler.name}, pruner {config.pruner.name}"),
             *space,
+            *self.forecast.rows(datetime.now().astimezone()),
             ("database", f"{mask_url(self.storage_url)}{self._database_note()}"),
         ]
 
@@ -123,6 +128,7 @@ class StudyPlan:
             "space": {key: entry.describe() for key, entry in self.config.space.items()},
             "base": base_params(self.config),
             "objective": self.config.objective.describe(),
+            "forecast": self.forecast.to_json(),
             "config": self.config.to_json(),
             "notices": list(self.notices),
         }
@@ -149,6 +155,7 @@ def plan_study(config: StudyConfig, storage_url: str, runs_dir: Path, data: Path
     device = resolve_device(config.train.device)
     check_objective(config, dataset.names, _labelled_classes(splits["val"]))
     counts = _class_counts(splits["train"])
+    precision, found = resolve_precision(config.train.precision, device), fingerprint(dataset)
     start = start_weights(config.train_config(data), dataset.num_classes)
     return StudyPlan(
         config=config,
@@ -156,17 +163,27 @@ def plan_study(config: StudyConfig, storage_url: str, runs_dir: Path, data: Path
         folder=StudyFolder(runs_dir, config.name),
         data=data,
         dataset=dataset,
-        fingerprint=fingerprint(dataset),
+        fingerprint=found,
         device=str(device),
-        precision=resolve_precision(config.train.precision, device),
+        precision=precision,
         pack=None if config.train.pack == "auto" and pack_limit(config) > 1 else pack_limit(config),
         images={name: len(split.images) for name, split in splits.items()},
         labels_per_class={name: counts[index] for index, name in enumerate(dataset.names)},
         training=splits["train"],
         anchors=start.anchors,
         transferred=f"{start.transferred}/{start.total}" if config.train.weights else None,
+        forecast=Forecast(
+            cost=expected_cost(config.pruner, config.trials, config.train.epochs, config.train.eval_every),
+            speed=earlier_speed(config, found, f"{device} {precision}", storage_url, runs_dir),
+        ),
         notices=tuple(_notices(config, dataset, splits)),
     )
+
+
+def with_measured_speed(plan: StudyPlan) -> StudyPlan:
+    """The plan with a forecast from a measurement on this host, which takes a minute or two."""
+    train = replace(plan.config.train_config(plan.data), device=plan.device, precision=plan.precision)
+    return replace(plan, forecast=replace(plan.forecast, speed=measure_speed(plan.config, train)))
 
 
 def _packs(size: int | None) -> str:

@@ -277,6 +277,8 @@ def test_check_prints_the_plan_and_starts_nothing(yolosearch: Command, make: Cal
     assert "yolov5n, 64 px, batch 8, 2 epochs" in text.out
     assert (plan["study"], plan["images"], plan["base"]) == (NAME, {"train": 16, "val": 8}, {"box": 0.05, "cls": 0.5})
     assert plan["storage"] == study.storage_url
+    assert "cost             3 trainings (6 slot-epochs)" in text.out
+    assert (plan["forecast"]["slot_epochs"], plan["forecast"]["speed"]) == (6, None)
     assert not study.runs.exists()
 
 
@@ -290,6 +292,7 @@ def test_status_and_trials_json_parse_and_agree(yolosearch: Command, make: Calla
 
     assert status["counts"]["WAITING"] == 3
     assert status["trials"] == trials
+    assert status["short_against_full"] == {"trials": 0, "epochs": 2, "enough_epochs": None, "by_epoch": []}
     assert trials[0]["params"] == {"box": 0.05, "cls": 0.5}
     assert "3 waiting" in yolosearch("status", NAME, "--runs-dir", study.runs).out
     assert "base 0" in yolosearch("trials", NAME, "--runs-dir", study.runs).out

@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,17 @@ from tiny import NAME, TinyStudy, make_study
 
 from search.config import StudyConfig
 from search.ledger import Ledger, StudyRecord, TicketState
-from search.report import StudyStatus, comparison_table, headline, live_view, study_status, trials_table
+from search.report import (
+    StudyRows,
+    StudyStatus,
+    comparison_table,
+    epochs_enough,
+    headline,
+    live_view,
+    status_view,
+    study_status,
+    trials_table,
+)
 
 START = 1_700_000_000.0
 
@@ -221,6 +233,30 @@ def test_study_status_eta_leaves_out_the_time_in_which_nobody_worked(
     # 6 epochs in 40 s, 2 + 4 + 4 are left; then one more in 10 s.
     assert before == pytest.approx(10 * 40 / 6)
     assert status_of(study).eta_seconds == pytest.approx(9 * 50 / 7)
+
+
+def test_study_status_eta_is_at_the_speed_of_the_live_workers(worked: TinyStudy) -> None:
+    ledger = worked.ledger
+    ledger.register_worker("alive", NAME, "host@1", 1, "cpu fp32")
+    (ticket,) = ledger.claim(NAME, "alive", 1, 60.0)
+    ticket = ledger.link_trial(ticket, 9, 3, {"box": 0.1, "cls": 1.0})
+    for epoch, moment in enumerate((START, START + 7)):
+        ledger.record_epoch(ticket, epoch, 0.1, {"fitness": 0.1}, moment)
+
+    # Of the ended trials with two epochs or more the mean is 10 / 3; a slot-epoch takes 7 s now.
+    assert status_of(worked).eta_seconds == pytest.approx((10 / 3 - 2) * 7)
+
+
+def test_status_view_says_when_it_is_done_and_what_the_curves_show(worked: TinyStudy) -> None:
+    status, now = status_of(worked), datetime(2026, 1, 31, 23, 59, tzinfo=UTC)
+    assert status.eta_seconds is not None
+
+    curves = epochs_enough(StudyRows.read(worked.ledger, NAME), worked.config)
+    text = text_of(status_view(replace(status, eta_seconds=3600.0), curves, now))
+
+    assert (curves.trials, [a.correlation for a in curves.agreements]) == (2, pytest.approx([1.0, 1.0, 1.0]))
+    assert "at this pace it is done Sun 2026-02-01 00:59 UTC" in text
+    assert "short against full: 2 trials ran to the end, too few to say" in text
 
 
 def test_headline_names_what_mlflow_does_not_have_yet_and_mixed_precisions(worked: TinyStudy) -> None:

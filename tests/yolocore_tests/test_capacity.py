@@ -8,7 +8,7 @@ import torch
 
 from yolocore.hyperparameters import Hyperparameters
 from yolocore.training import TrainConfig, TrainingData
-from yolocore.training.capacity import Capacity, best_size, measure_capacity
+from yolocore.training.capacity import Capacity, best_size, epoch_seconds, measure_capacity
 
 
 @pytest.fixture(scope="module")
@@ -58,3 +58,16 @@ def test_best_size_is_the_smallest_that_is_as_fast_as_the_best() -> None:
     assert best_size([*found, Capacity(16, 0.0, 1, "out of memory")]) == 2
     assert best_size([Capacity(1, 0.0, 1, "out of memory")]) == 1
     assert best_size([]) == 1
+
+
+def test_epoch_seconds_are_the_steps_of_an_epoch_and_an_evaluation(config: TrainConfig) -> None:
+    hyp = Hyperparameters(mosaic=0.0)
+    data = TrainingData.load(config, hyp)
+    # Four images in batches of two: two steps, which take 2 * 2 / 0.001 s at this made-up rate.
+    slow = Capacity(2, 0.001, 1)
+
+    seconds = epoch_seconds(config, data, hyp, slow)
+    rarely = epoch_seconds(replace(config, eval_every=1000), data, hyp, slow)
+
+    assert 4000 < rarely < seconds < 4600
+    assert rarely == pytest.approx(4000, abs=0.6)

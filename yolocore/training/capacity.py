@@ -10,6 +10,7 @@ import torch
 
 from yolocore.data.loader import Batch
 from yolocore.device import resolve_device, resolve_precision
+from yolocore.evaluate import evaluate
 from yolocore.hyperparameters import Hyperparameters
 from yolocore.memory import free_bytes, is_out_of_memory, peak_bytes
 from yolocore.training.config import TrainConfig
@@ -102,6 +103,41 @@ def best_size(found: Sequence[Capacity]) -> int:
     best = max((one.steps_per_second for one in found), default=0.0)
     good = [one.slots for one in found if one.steps_per_second >= AS_GOOD * best > 0]
     return min(good, default=1)
+
+
+def epoch_seconds(config: TrainConfig, data: TrainingData, hyperparameters: Hyperparameters, found: Capacity) -> float:
+    """What an epoch of a pack takes, evaluation included, from what was measured and a few validation batches.
+
+    Args:
+        config: Of the training.
+        data: Loaded for it.
+        hyperparameters: Of any trial.
+        found: Measured for the pack's size.
+    """
+    batches = len(data.stream(config, hyperparameters))
+    training = batches * found.slots / found.steps_per_second
+    return training + _evaluation_seconds(config, data, hyperparameters, found.slots) / config.eval_every
+
+
+def _evaluation_seconds(config: TrainConfig, data: TrainingData, hyperparameters: Hyperparameters, slots: int) -> float:
+    """One pass over the validation images; the first batch, which every engine prepares itself for, is not timed."""
+    device = resolve_device(config.device)
+    precision = resolve_precision(config.precision, device)
+    state = fresh_state(start_weights(config, data.num_classes).state)
+    found = [PackSlot(str(slot), hyperparameters, state) for slot in range(slots)]
+    pack = Pack(config, found, num_classes=data.num_classes, batches_per_epoch=1, device=device, precision=precision)
+    count = len(data.validation)
+    timed = min(count, BATCHES)
+    images = list(itertools.islice(data.validation, timed))
+    model, anchor_t = pack.evaluation_model(), hyperparameters.anchor_t
+    try:
+        evaluate(model, images[:1], pack.loss_weights, anchor_t, device, precision)
+        started = time.perf_counter()
+        evaluate(model, images, pack.loss_weights, anchor_t, device, precision)
+        _wait(device)
+        return (time.perf_counter() - started) * count / timed
+    finally:
+        _release(device)
 
 
 def _too_much(slots: int, memory: int, usable: int | None, seconds: float) -> str:
