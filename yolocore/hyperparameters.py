@@ -39,6 +39,9 @@ SHARED_KEYS = frozenset(
 IGNORED_KEYS = frozenset({"iou_t"})
 """Keys kept because hyp files have them; nothing reads their value."""
 
+PER_CLASS_KEY = "cls_pw_per_class"
+"""A key of our own, which plain YOLOv5 ignores: a `cls_pw` for each class, in the order of the class indices."""
+
 RANGES: Mapping[str, tuple[float, float]] = {
     "lr0": (1e-9, 10.0),
     "lrf": (0.0, 1.0),
@@ -139,10 +142,13 @@ class Hyperparameters:
     """Probability of mixing two mosaics."""
     copy_paste: float = 0.0
     """Fraction of the polygon objects that are pasted mirrored."""
+    cls_pw_per_class: tuple[float, ...] | None = None
+    """Where set, takes the place of `cls_pw`: one weight for each class. No key of YOLOv5's."""
 
     def __post_init__(self) -> None:
         for key in HYPERPARAMETER_KEYS:
             object.__setattr__(self, key, _checked("hyperparameters", key, getattr(self, key)))
+        object.__setattr__(self, PER_CLASS_KEY, _checked_classes("hyperparameters", self.cls_pw_per_class))
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any], source: str) -> "Hyperparameters":
@@ -150,17 +156,18 @@ class Hyperparameters:
 
         Args:
             mapping: hyp key to number. Missing keys take the defaults; `anchors` is dropped, because with it training
-                would throw the model's anchors away.
+                would throw the model's anchors away. `cls_pw_per_class` holds a list of numbers.
             source: what to call the mapping in an error, usually the file's path.
 
         Raises:
             HyperparameterError: an unknown key (names the closest one), or a value that is no number or out of range.
         """
-        values = {key: value for key, value in mapping.items() if key != "anchors"}
+        values = {key: value for key, value in mapping.items() if key not in ("anchors", PER_CLASS_KEY)}
         for key in values:
             if key not in HYPERPARAMETER_KEYS:
                 raise HyperparameterError(f"{source}: {key!r} is not a hyp key; {_hint(key)}")
-        return cls(**{key: _checked(source, key, value) for key, value in values.items()})
+        per_class = _checked_classes(source, mapping.get(PER_CLASS_KEY))
+        return cls(**{key: _checked(source, key, value) for key, value in values.items()}, cls_pw_per_class=per_class)
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> "Hyperparameters":
@@ -172,8 +179,13 @@ class Hyperparameters:
         return cls.from_mapping(_read_yaml(Path(path)), str(path))
 
     def to_mapping(self) -> dict[str, float]:
-        """Every key and value, in the order of a hyp file."""
+        """Every key of YOLOv5 and its value, in the order of a hyp file."""
         return {key: getattr(self, key) for key in HYPERPARAMETER_KEYS}
+
+    def to_document(self) -> dict[str, Any]:
+        """What a hyp file holds: `to_mapping`, and our own key where it is set. The inverse of `from_mapping`."""
+        own = {} if self.cls_pw_per_class is None else {PER_CLASS_KEY: list(self.cls_pw_per_class)}
+        return {**self.to_mapping(), **own}
 
     def to_yaml(self, header_lines: Sequence[str] = ()) -> str:
         """The text of a hyp file with every key; reading it gives exactly these values.
@@ -183,24 +195,41 @@ class Hyperparameters:
         """
         comments = [f"# {line}".rstrip() for text in header_lines for line in (text.splitlines() or [""])]
         body = yaml.safe_dump(self.to_mapping(), sort_keys=False, default_flow_style=False)
+        if self.cls_pw_per_class is not None:
+            body += yaml.safe_dump({PER_CLASS_KEY: list(self.cls_pw_per_class)}, default_flow_style=None, width=10**6)
         return "".join(f"{line}\n" for line in comments) + body
 
-    def replace(self, **changes: float) -> "Hyperparameters":
+    def replace(self, **changes: Any) -> "Hyperparameters":
         """A copy with some keys changed.
 
         Raises:
             HyperparameterError: an unknown key or an impossible value.
         """
-        return Hyperparameters.from_mapping({**self.to_mapping(), **changes}, "hyperparameters")
+        return Hyperparameters.from_mapping({**self.to_document(), **changes}, "hyperparameters")
 
 
-HYPERPARAMETER_KEYS: tuple[str, ...] = tuple(field.name for field in dataclasses.fields(Hyperparameters))
-"""All keys, in the order of a hyp file."""
+HYPERPARAMETER_KEYS: tuple[str, ...] = tuple(
+    field.name for field in dataclasses.fields(Hyperparameters) if field.name != PER_CLASS_KEY
+)
+"""All keys of YOLOv5, in the order of a hyp file."""
+
+
+def _checked_classes(source: str, value: object) -> tuple[float, ...] | None:
+    """Weights per class as floats, or an error that names the first bad one."""
+    if value is None:
+        return None
+    if not isinstance(value, list | tuple) or not value:
+        raise HyperparameterError(f"{source}: {PER_CLASS_KEY} is {value!r}; allowed is a list of numbers, one a class")
+    low, high = RANGES["cls_pw"]
+    return tuple(_number_in(source, f"{PER_CLASS_KEY}[{index}]", item, low, high) for index, item in enumerate(value))
 
 
 def _checked(source: str, key: str, value: object) -> float:
     """`value` as a float, or an error that names source, key, value and what is allowed."""
-    low, high = RANGES[key]
+    return _number_in(source, key, value, *RANGES[key])
+
+
+def _number_in(source: str, key: str, value: object, low: float, high: float) -> float:
     allowed = f"allowed is a number from {low:g} to {high:g}"
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise HyperparameterError(f"{source}: {key} is {value!r}; {allowed}{_exponent_hint(value)}")

@@ -64,7 +64,7 @@ class LossWeights:
         num_levels: int = 3,
         label_smoothing: float = 0.0,
     ) -> "LossWeights":
-        """The effective weights of one slot, as float64 tensors [1] on the CPU.
+        """The effective weights of one slot, as float64 tensors [1] on the CPU; `cls_pw` [1, C] if given per class.
 
         Args:
             hyp: raw values.
@@ -74,8 +74,13 @@ class LossWeights:
             label_smoothing: from 0 to below 1; a training option, not a hyp key.
 
         Raises:
-            HyperparameterError: a label smoothing outside [0, 1).
+            HyperparameterError: a label smoothing outside [0, 1), or weights per class for another number of classes.
         """
+        per_class = hyp.cls_pw_per_class
+        if per_class is not None and len(per_class) != num_classes:
+            raise HyperparameterError(
+                f"cls_pw_per_class has {len(per_class)} numbers; allowed is one for each of the {num_classes} classes"
+            )
         if not 0 <= label_smoothing < 1:
             raise HyperparameterError(f"label smoothing is {label_smoothing!r}; allowed is a number from 0 to below 1")
         share = 3 / num_levels
@@ -83,7 +88,7 @@ class LossWeights:
             "box": hyp.box * share,
             "obj": hyp.obj * (image_size / NOMINAL_IMAGE_SIZE) ** 2 * share,
             "cls": hyp.cls * (num_classes / NOMINAL_CLASSES) * share,
-            "cls_pw": hyp.cls_pw,
+            "cls_pw": hyp.cls_pw if per_class is None else list(per_class),
             "obj_pw": hyp.obj_pw,
             "fl_gamma": hyp.fl_gamma,
             "label_smoothing": label_smoothing,

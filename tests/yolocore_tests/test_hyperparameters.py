@@ -165,3 +165,30 @@ def test_from_yaml_bad_file_names_file_in_one_line(tmp_path: Path, content: byte
 def test_from_yaml_missing_file_names_it(tmp_path: Path) -> None:
     with pytest.raises(HyperparameterError, match=r"gone\.yaml: cannot read this hyp file: No such file"):
         Hyperparameters.from_yaml(tmp_path / "gone.yaml")
+
+
+def test_per_class_weights_survive_the_file_and_stay_out_of_the_keys_of_yolov5(tmp_path: Path) -> None:
+    hyp = Hyperparameters(cls_pw=1.5, cls_pw_per_class=[0.5, 1, 2.25])  # type: ignore[arg-type]
+    path = tmp_path / "hyp.yaml"
+    path.write_text(hyp.to_yaml(["mine"]))
+
+    assert hyp.cls_pw_per_class == (0.5, 1.0, 2.25)
+    assert Hyperparameters.from_yaml(path) == hyp
+    assert path.read_text().splitlines()[-1] == "cls_pw_per_class: [0.5, 1.0, 2.25]"
+    assert tuple(hyp.to_mapping()) == HYPERPARAMETER_KEYS
+    assert hyp.replace(box=0.1).cls_pw_per_class == (0.5, 1.0, 2.25)
+    assert hyp.replace(cls_pw_per_class=None).to_document() == Hyperparameters(cls_pw=1.5).to_mapping()
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (2.0, r"f\.yaml: cls_pw_per_class is 2\.0; allowed is a list of numbers, one a class"),
+        ([], r"f\.yaml: cls_pw_per_class is \[\]; allowed is a list"),
+        ([1, 0], r"f\.yaml: cls_pw_per_class\[1\] is 0\.0; allowed is a number from 1e-06 to 1000"),
+        ([1, "2"], r"f\.yaml: cls_pw_per_class\[1\] is '2'; allowed is a number"),
+    ],
+)
+def test_per_class_weights_that_are_none_name_the_bad_one(value: object, message: str) -> None:
+    with pytest.raises(HyperparameterError, match=message):
+        Hyperparameters.from_mapping({"cls_pw_per_class": value}, "f.yaml")

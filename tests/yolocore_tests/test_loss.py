@@ -478,3 +478,11 @@ def test_obj_pw_optimum_of_the_documentation_is_two_thirds() -> None:
     binary_cross_entropy(x, torch.tensor(0.5, dtype=torch.float64), 2.0).backward()
     assert float(x.detach().sigmoid()) == pytest.approx(2 / 3)
     assert float(x.grad) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_from_hyperparameters_weights_per_class_take_the_place_of_cls_pw() -> None:
+    hyp = Hyperparameters(cls_pw=9.0, cls_pw_per_class=(0.5, 2.0))
+
+    assert LossWeights.from_hyperparameters(hyp, 2, 640).cls_pw.tolist() == [[0.5, 2.0]]
+    with pytest.raises(HyperparameterError, match="cls_pw_per_class has 2 numbers; allowed is one for each of the 3"):
+        LossWeights.from_hyperparameters(hyp, 3, 640)

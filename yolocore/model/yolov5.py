@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from yolocore.errors import WeightsError
+from yolocore.initial import class_prior, objectness_prior
 from yolocore.model.anchors import STRIDES, grid_anchors
 from yolocore.model.blocks import C3, FRESH_RUNNING_VAR, SPPF, Concat, Conv, Detect, Upsample
 
@@ -129,8 +130,8 @@ def detect_prior(num_classes: int, stride: float) -> Tensor:
         [5+C] logits, float32: zeros for the box, then objectness, then the classes.
     """
     prior = torch.zeros(5 + num_classes)
-    prior[4] = math.log(8 / (640 / stride) ** 2)
-    prior[5:] = math.log(0.6 / (num_classes - 0.99999))
+    prior[4] = objectness_prior(stride)
+    prior[5:] = class_prior(num_classes)
     return prior
 
 
