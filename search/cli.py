@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 from rich.logging import RichHandler
 
-from search import cli_data, cli_doctor, cli_launch, cli_studies, cli_watch
+from search import cli_data, cli_doctor, cli_init, cli_launch, cli_studies, cli_watch
 from search.cli_common import (
     AsJson,
     Checkpoints,
@@ -91,6 +91,9 @@ def main() -> None:
 def _exit(error: Exception | str, code: int) -> None:
     print_error(error)
     sys.exit(code)
+
+
+app.add_typer(cli_init.app)
 
 
 @app.command()
