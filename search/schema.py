@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
 from inspect import getsource
 from re import DOTALL, MULTILINE, findall
 from typing import Any
 
 from search.config import StudyConfig
 from search.settings import CLASS_AP, LARGEST_PACK, METRICS
-from yolocore.hyperparameters import HYPERPARAMETER_KEYS, IGNORED_KEYS, RANGES, Hyperparameters
+from yolocore.hyperparameters import HYPERPARAMETER_KEYS, IGNORED_KEYS, PER_CLASS_KEY, RANGES, Hyperparameters
 
 SCHEMA_FILE = "study.schema.json"
 """What `init` calls the file beside a study file."""
@@ -61,7 +60,7 @@ def hyp_descriptions() -> Mapping[str, str]:
     found = dict(
         findall(r'^    (\w+): float = [^\n]+\n    """(.*?)"""', getsource(Hyperparameters), DOTALL | MULTILINE)
     )
-    return {field.name: " ".join(found[field.name].split()) for field in fields(Hyperparameters)}
+    return {key: " ".join(found[key].split()) for key in HYPERPARAMETER_KEYS}
 
 
 def _nodes(node: object) -> Iterator[Schema]:
@@ -115,7 +114,9 @@ def _hyp_mapping() -> Schema:
         key: {"type": "number", "minimum": RANGES[key][0], "maximum": RANGES[key][1], "description": texts[key]}
         for key in HYPERPARAMETER_KEYS
     }
-    return {"type": "object", "properties": {**numbers, "anchors": {}}, "additionalProperties": False}
+    per_class = {"type": "array", "items": {"type": "number", "exclusiveMinimum": 0}}
+    others = {"anchors": {"description": "Read by YOLOv5 only."}, PER_CLASS_KEY: per_class}
+    return {"type": "object", "properties": {**numbers, **others}, "additionalProperties": False}
 
 
 def _space(entry: Schema) -> Schema:
