@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 from rich.logging import RichHandler
 
-from search import cli_data, cli_doctor, cli_init, cli_launch, cli_studies, cli_watch
+from search import cli_data, cli_doctor, cli_init, cli_launch, cli_report, cli_studies, cli_watch
 from search.cli_common import (
     AsJson,
     Checkpoints,
@@ -230,6 +230,7 @@ def ui(
         server.wait()
 
 
+app.add_typer(cli_report.app)
 app.add_typer(cli_studies.app)
 app.add_typer(cli_data.app)
 app.add_typer(cli_doctor.app)

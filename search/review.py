@@ -1,0 +1,431 @@
+"""What a study has found, as plain data and in words: what `report`, MLflow's note and the plots are made from."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+from search.config import StudyConfig
+from search.ledger import EpochRow, Ledger, StudyRecord, Ticket, TicketState, base_numbers
+from search.settings import SpaceEntry
+from search.space import hyperparameters
+from search.statistics import Comparison, Confirmation
+from search.weights import complete_trials, value_row
+
+SEARCH = "search"
+BAND = 1.96 * math.sqrt(2)
+"""Half the noise band in standard deviations of one run: two runs of equal settings differ by more once in twenty."""
+
+NAMED_KEYS = 3
+"""Hyperparameters that the verdict names; the others are counted."""
+
+SMALL_MOVE = 0.05
+"""A change of less than this share of its range is not worth naming."""
+
+MAIN_SHARE = 0.5
+"""A class that has more than this share of all gains in AP is what the gain mostly is."""
+
+Standing = Literal["confirmed", "unconfirmed", "keep", "open"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyData:
+    """A study's rows at one moment; picklable, so that another process can draw them."""
+
+    record: StudyRecord
+    config: StudyConfig
+    class_names: tuple[str, ...]
+    """Empty where the data set is not known on this host: classes are then called by their numbers."""
+    every_ticket: tuple[Ticket, ...]
+    """Of all kinds, by number."""
+    reports: Mapping[int, tuple[EpochRow, ...]]
+    """Evaluated epochs by ticket id."""
+    now: float
+    """UTC epoch seconds."""
+    confirmation: Confirmation | None = None
+    """Candidates against the base over paired seeds, where that was done."""
+    noise: float | None = None
+    """Standard deviation of one run, where it was measured."""
+    candidates: Mapping[str, int] = field(default_factory=dict)
+    """Trial number of each candidate of the confirmation."""
+
+    @cached_property
+    def tickets(self) -> tuple[Ticket, ...]:
+        """The trials of the search, without reruns for noise or confirmation."""
+        return tuple(ticket for ticket in self.every_ticket if ticket.kind == SEARCH)
+
+    @cached_property
+    def complete(self) -> tuple[Ticket, ...]:
+        """Complete trials, the best first."""
+        return tuple(complete_trials(self.tickets))
+
+    @cached_property
+    def base(self) -> Ticket | None:
+        """The base's trial, as far as it is complete."""
+        numbers = base_numbers(self.tickets)
+        return next((ticket for ticket in self.complete if ticket.number in numbers), None)
+
+    @cached_property
+    def best(self) -> Ticket | None:
+        """What the study recommends: the confirmed winner, otherwise the complete trial of the highest value."""
+        winner = None if self.confirmation is None else self.confirmation.winner
+        number = None if winner is None else self.candidates.get(winner.candidate)
+        found = next((ticket for ticket in self.complete if number is not None and ticket.trial_number == number), None)
+        return found or next(iter(self.complete), None)
+
+    @property
+    def run_noise(self) -> float | None:
+        """Standard deviation of one run, from reruns or from the confirmation."""
+        if self.noise is not None:
+            return self.noise
+        return None if self.confirmation is None else self.confirmation.noise
+
+    @property
+    def band(self) -> tuple[float, float] | None:
+        """Values that do not differ from the base by more than two runs of equal settings would."""
+        if self.base is None or self.base.value is None or self.run_noise is None:
+            return None
+        half = BAND * self.run_noise
+        return self.base.value - half, self.base.value + half
+
+    @property
+    def metric(self) -> str:
+        """The objective's name in running text."""
+        weights = self.config.objective.weights
+        return next(iter(weights)) if len(weights) == 1 else "the objective"
+
+    @property
+    def base_name(self) -> str:
+        """What the base is called."""
+        return "the defaults" if self.config.base_hyp is None else "the base"
+
+    def rows(self, ticket: Ticket) -> tuple[EpochRow, ...]:
+        """Its evaluated epochs."""
+        return self.reports.get(ticket.id, ())
+
+    def value(self, ticket: Ticket) -> float | None:
+        """Its value, or where it has none (yet) that of its last evaluated epoch."""
+        if ticket.value is not None:
+            return ticket.value
+        return next((row.value for row in reversed(self.rows(ticket)) if row.value is not None), None)
+
+    def metrics(self, ticket: Ticket) -> Mapping[str, float]:
+        """Its metrics at the epoch that gave it its value."""
+        row = value_row(ticket, self.rows(ticket))
+        return {} if row is None else row.metrics
+
+    def class_name(self, index: int) -> str:
+        """The name of a class."""
+        return self.class_names[index] if index < len(self.class_names) else f"class {index}"
+
+    def class_ap(self, ticket: Ticket) -> dict[str, float]:
+        """AP (mean over IoU 0.50 to 0.95) by class name, of the classes that have labels."""
+        prefix = "class_ap/"
+        found = {
+            int(key.removeprefix(prefix)): ap for key, ap in self.metrics(ticket).items() if key.startswith(prefix)
+        }
+        return {self.class_name(index): found[index] for index in sorted(found)}
+
+
+def read_study_data(
+    ledger: Ledger, config: StudyConfig, class_names: Sequence[str] = (), confirmation: Confirmation | None = None
+) -> StudyData:
+    """Reads a study's rows."""
+    return StudyData(
+        record=ledger.study(config.name),
+        config=config,
+        class_names=tuple(class_names),
+        every_ticket=ledger.tickets(config.name),
+        reports=ledger.all_reports(config.name),
+        now=ledger.now(),
+        confirmation=confirmation,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Move:
+    """One hyperparameter of the best trial against the base's."""
+
+    key: str
+    base: float
+    best: float
+    share: float
+    """How far it moved, as a share of its range."""
+
+    @property
+    def text(self) -> str:
+        """For example `obj_pw 2.4`."""
+        return f"{self.key} {short(self.best)}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClassChange:
+    """A class's AP under the base and under the best trial."""
+
+    name: str
+    base: float
+    best: float
+
+    @property
+    def change(self) -> float:
+        """Best minus base."""
+        return self.best - self.base
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """What the study took so far."""
+
+    slot_epochs: int
+    """Epochs that trials trained, of all kinds of tickets."""
+    search_epochs: int
+    """Those of the search."""
+    unpruned_epochs: int
+    """What the same trials of the search would have taken without pruning."""
+    device_seconds: float
+    """Training and evaluation; what a pack shares is divided among its slots."""
+    wall_seconds: float
+    """From the first start to the last report."""
+
+    @property
+    def saved(self) -> float:
+        """Share of the epochs that pruning saved."""
+        return 1 - self.search_epochs / self.unpruned_epochs if self.unpruned_epochs else 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Findings:
+    """A study in sentences and numbers."""
+
+    standing: Standing
+    verdict: str
+    """One sentence."""
+    advice: str
+    """What to do about it."""
+    gain: float | None
+    """Best minus base: over paired seeds where confirmed, otherwise of one run each."""
+    margin: float | None
+    """Half the interval of a confirmed gain."""
+    moves: tuple[Move, ...]
+    """The searched keys, the most important first."""
+    classes: tuple[ClassChange, ...]
+    """The largest gain first."""
+    cost: Cost
+    counts: Mapping[str, int]
+    """Trials of the search by state."""
+    failures: tuple[tuple[str, tuple[int, ...]], ...]
+    """Reasons, each with the numbers of the trials that failed for it."""
+
+
+def findings(data: StudyData, importance: Mapping[str, float] | None = None) -> Findings:
+    """Sums a study up.
+
+    Args:
+        data: The study.
+        importance: Of the searched keys, to name those first that matter; None names those first that moved most.
+    """
+    moves, classes = _moves(data, importance or {}), _class_changes(data)
+    comparison = _comparison(data)
+    standing = _standing(data, comparison)
+    gain = comparison.gain if comparison is not None else _single_gain(data)
+    return Findings(
+        standing=standing,
+        verdict=_verdict(data, standing, moves, classes, comparison),
+        advice=_advice(data, standing),
+        gain=gain,
+        margin=None if comparison is None else (comparison.high - comparison.low) / 2,
+        moves=moves,
+        classes=classes,
+        cost=_cost(data),
+        counts={state.value: sum(ticket.state is state for ticket in data.tickets) for state in TicketState},
+        failures=_failures(data),
+    )
+
+
+def short(value: float) -> str:
+    """A hyperparameter in few digits."""
+    return f"{value:.2g}" if 0.01 <= abs(value) < 10 else f"{value:.3g}"
+
+
+def _comparison(data: StudyData) -> Comparison | None:
+    """The confirmation's line about the best trial."""
+    if data.confirmation is None or data.best is None:
+        return None
+    number = data.best.trial_number
+    lines = data.confirmation.comparisons
+    return next((line for line in lines if data.candidates.get(line.candidate) == number), None)
+
+
+def _standing(data: StudyData, comparison: Comparison | None) -> Standing:
+    if data.base is None or data.best is None:
+        return "open"
+    if data.best is data.base:
+        return "keep"
+    if data.confirmation is not None and data.confirmation.winner is None:
+        return "keep"
+    return "confirmed" if comparison is not None else "unconfirmed"
+
+
+def _single_gain(data: StudyData) -> float | None:
+    if data.base is None or data.best is None or data.base.value is None or data.best.value is None:
+        return None
+    return data.best.value - data.base.value
+
+
+def _moves(data: StudyData, importance: Mapping[str, float]) -> tuple[Move, ...]:
+    """What the best trial has otherwise than the base, and every searched key."""
+    if data.best is None:
+        return ()
+    base = data.config.base_hyperparameters().to_mapping()
+    best = hyperparameters(data.config, data.best.params or {}).to_mapping()
+    moves = [
+        Move(key=key, base=base[key], best=best[key], share=_share(data.config.space.get(key), base[key], best[key]))
+        for key in base
+        if key in data.config.space or best[key] != base[key]
+    ]
+    return tuple(sorted(moves, key=lambda move: -move.share * (0.05 + importance.get(move.key, 1.0))))
+
+
+def _share(entry: SpaceEntry | None, base: float, best: float) -> float:
+    """How far apart two values are, as a share of the range (in logarithms where it is searched so)."""
+    if entry is None:  # follows from other keys
+        return 0.0 if base == best else 0.5
+    values = [base, best, *(entry.choices or (entry.low, entry.high))]
+    numbers = [float(value) for value in values if value is not None]
+    if entry.log and min(numbers) > 0:
+        numbers = [math.log(number) for number in numbers]
+    width = max(numbers) - min(numbers)
+    return abs(numbers[1] - numbers[0]) / width if width else 0.0
+
+
+def _class_changes(data: StudyData) -> tuple[ClassChange, ...]:
+    if data.base is None or data.best is None:
+        return ()
+    base, best = data.class_ap(data.base), data.class_ap(data.best)
+    changes = [ClassChange(name=name, base=base[name], best=best[name]) for name in base if name in best]
+    return tuple(sorted(changes, key=lambda change: -change.change))
+
+
+def _verdict(
+    data: StudyData,
+    standing: Standing,
+    moves: Sequence[Move],
+    classes: Sequence[ClassChange],
+    comparison: Comparison | None,
+) -> str:
+    if standing == "open":
+        return _open_verdict(data)
+    if standing == "keep":
+        return _keep_verdict(data)
+    assert data.best is not None
+    what, verb = _moved_text(moves)
+    if comparison is not None:
+        gain = f"{comparison.gain:.3f} ± {(comparison.high - comparison.low) / 2:.3f}"
+        return f"{what} {verb} {data.metric} by {gain} over {data.base_name}{_mostly(classes)}."
+    gain = f"{_single_gain(data) or 0.0:.3f}"
+    raised = f"{what} raised {data.metric} by {gain} over {data.base_name} in one run"
+    return f"Unconfirmed: {raised}{_mostly(classes)}{_against_noise(data)}."
+
+
+def _open_verdict(data: StudyData) -> str:
+    ended = sum(ticket.state.is_final for ticket in data.tickets)
+    if data.best is None:
+        return f"Nothing to say yet: {ended} of {len(data.tickets)} trials have ended, none is complete."
+    best = f"trial {data.best.trial_number} has {data.metric} {data.best.value:.3f}"
+    return f"Nothing to compare with: {best}, and {data.base_name} {'have' if _plural(data) else 'has'} no value."
+
+
+def _keep_verdict(data: StudyData) -> str:
+    keep = f"Keep {data.base_name}"
+    if data.confirmation is not None:
+        count, seeds = len(data.confirmation.comparisons), data.confirmation.seeds
+        best = max(data.confirmation.comparisons, key=lambda line: line.gain)
+        gain = f"the best of {count} gained {best.gain:+.3f} ± {(best.high - best.low) / 2:.3f}"
+        return f"{keep}: over {seeds} paired seeds no candidate is shown to be better ({gain})."
+    others = len(data.complete) - 1
+    return f"{keep}: none of {others} other complete trials has a higher {data.metric} (they have {_best_value(data)})."
+
+
+def _best_value(data: StudyData) -> str:
+    return "" if data.best is None or data.best.value is None else f"{data.best.value:.3f}"
+
+
+def _plural(data: StudyData) -> bool:
+    return data.config.base_hyp is None
+
+
+def _moved_text(moves: Sequence[Move]) -> tuple[str, str]:
+    """The moved keys, and the verb that goes with them."""
+    moved = [move for move in moves if move.share >= SMALL_MOVE] or list(moves[:1])
+    named = [move.text for move in moved[:NAMED_KEYS]]
+    if len(moved) > NAMED_KEYS:
+        named.append(f"{len(moved) - NAMED_KEYS} more")
+    text = named[0] if len(named) == 1 else f"{', '.join(named[:-1])} and {named[-1]}"
+    return text, "raises" if len(moved) == 1 else "raise"
+
+
+def _mostly(classes: Sequence[ClassChange]) -> str:
+    """Which class has most of the gain, where one does."""
+    gains = [change.change for change in classes if change.change > 0]
+    if len(classes) < 2 or not gains or max(gains) <= MAIN_SHARE * sum(gains):
+        return ""
+    return f"; mostly {classes[0].name}"
+
+
+def _against_noise(data: StudyData) -> str:
+    gain = _single_gain(data)
+    if data.run_noise is None or gain is None:
+        return ""
+    times = gain / data.run_noise if data.run_noise else math.inf
+    where = "inside" if times <= BAND else "outside"
+    return f"; {where} the noise of two runs (± {BAND * data.run_noise:.3f})"
+
+
+def _advice(data: StudyData, standing: Standing) -> str:
+    open_trials = sum(not ticket.state.is_final for ticket in data.tickets)
+    going = f"The study is not over: {open_trials} trials are open. " if open_trials else ""
+    texts = {
+        "confirmed": "Train with the file below.",
+        "unconfirmed": "A gain in one run may be luck, all the more as it is the largest of many. "
+        "Rerun base and best with a few seeds before you believe it.",
+        "keep": "Nothing has to change in your training.",
+        "open": "",
+    }
+    return (going + texts[standing]).strip()
+
+
+def _cost(data: StudyData) -> Cost:
+    rows = [row for found in data.reports.values() for row in found]
+    searched = [ticket for ticket in data.tickets if ticket.state.is_final and ticket.state is not TicketState.FAIL]
+    starts = [ticket.started for ticket in data.every_ticket if ticket.started is not None]
+    return Cost(
+        slot_epochs=sum(data.config.train.eval_every for _ in rows),
+        search_epochs=sum(_epochs(data, ticket) for ticket in searched),
+        unpruned_epochs=sum(
+            data.config.train.epochs if ticket.state is TicketState.PRUNED else _epochs(data, ticket)
+            for ticket in searched
+        ),
+        device_seconds=sum(row.metrics.get("seconds", 0.0) / max(1.0, row.metrics.get("slots", 1.0)) for row in rows),
+        wall_seconds=max((row.stored_at for row in rows), default=0.0) - min(starts, default=0.0) if rows else 0.0,
+    )
+
+
+def _epochs(data: StudyData, ticket: Ticket) -> int:
+    return max((row.epoch + 1 for row in data.rows(ticket)), default=0)
+
+
+def _failures(data: StudyData) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    failed = [ticket for ticket in data.every_ticket if ticket.state is TicketState.FAIL]
+    reasons = Counter(ticket.reason or "no reason known" for ticket in failed)
+    return tuple(
+        (reason, tuple(_number(ticket) for ticket in failed if (ticket.reason or "no reason known") == reason))
+        for reason, _ in reasons.most_common()
+    )
+
+
+def _number(ticket: Ticket) -> int:
+    return ticket.number if ticket.trial_number is None else ticket.trial_number
