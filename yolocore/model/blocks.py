@@ -39,6 +39,23 @@ def concat_slots(maps: Sequence[Tensor], num_slots: int) -> Tensor:
     return torch.cat([torch.unflatten(m, 1, (num_slots, -1)) for m in maps], 2).flatten(1, 2)
 
 
+def spread_slots(x: Tensor, cohorts: Tensor, copies: int) -> Tensor:
+    """Give every slot the feature map of its cohort.
+
+    Args:
+        x: [B, G*C, H, W], copy-major.
+        cohorts: [K] which of the G copies each slot uses.
+        copies: G.
+
+    Returns:
+        [B, K*C, H, W], slot-major, in the memory format of `x`.
+    """
+    if x.is_contiguous(memory_format=torch.channels_last):
+        last = torch.unflatten(x.permute(0, 2, 3, 1), 3, (copies, -1))
+        return last.index_select(3, cohorts).flatten(3).permute(0, 3, 1, 2)
+    return torch.unflatten(x, 1, (copies, -1)).index_select(1, cohorts).flatten(1, 2)
+
+
 class SlotBatchNorm(nn.BatchNorm2d):
     """BatchNorm over K*C channels with a batch counter per slot (`num_batches_tracked` is [K])."""
 
@@ -60,7 +77,7 @@ class Conv(nn.Module):
         stride: Stride in pixels.
         padding: Padding in pixels, half the kernel if None.
         num_slots: K.
-        shared_input: The input is one map for all slots [B, c_in, H, W] (the stem, which reads the image).
+        shared_input: The input is one map for all slots [B, c_in, H, W]: the image, or what a shared trunk gives.
     """
 
     def __init__(
@@ -120,12 +137,14 @@ class Bottleneck(nn.Module):
 class C3(nn.Module):
     """Two 1x1 branches of half the width, one through `repeats` bottlenecks, concatenated into a 1x1 convolution."""
 
-    def __init__(self, c_in: int, c_out: int, repeats: int, *, shortcut: bool, num_slots: int) -> None:
+    def __init__(
+        self, c_in: int, c_out: int, repeats: int, *, shortcut: bool, num_slots: int, shared_input: bool = False
+    ) -> None:
         super().__init__()
         half = c_out // 2
         self.num_slots = num_slots
-        self.cv1 = Conv(c_in, half, num_slots=num_slots)
-        self.cv2 = Conv(c_in, half, num_slots=num_slots)
+        self.cv1 = Conv(c_in, half, num_slots=num_slots, shared_input=shared_input)
+        self.cv2 = Conv(c_in, half, num_slots=num_slots, shared_input=shared_input)
         self.cv3 = Conv(2 * half, c_out, num_slots=num_slots)
         self.m = nn.Sequential(*(Bottleneck(half, shortcut=shortcut, num_slots=num_slots) for _ in range(repeats)))
 
@@ -138,12 +157,12 @@ class C3(nn.Module):
 class SPPF(nn.Module):
     """1x1 convolution, three chained max-pools, all four concatenated into a 1x1 convolution."""
 
-    def __init__(self, c_in: int, c_out: int, kernel: int = 5, *, num_slots: int) -> None:
+    def __init__(self, c_in: int, c_out: int, kernel: int = 5, *, num_slots: int, shared_input: bool = False) -> None:
         super().__init__()
         half = c_in // 2
         self.num_slots = num_slots
         self.kernel = kernel
-        self.cv1 = Conv(c_in, half, num_slots=num_slots)
+        self.cv1 = Conv(c_in, half, num_slots=num_slots, shared_input=shared_input)
         self.cv2 = Conv(4 * half, c_out, num_slots=num_slots)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ from torch.overrides import TorchFunctionMode
 from yolocore.errors import WeightsError
 from yolocore.initial import class_prior, objectness_prior
 from yolocore.model.anchors import STRIDES, grid_anchors
-from yolocore.model.blocks import C3, FRESH_RUNNING_VAR, SPPF, Concat, Conv, Detect, Upsample
+from yolocore.model.blocks import C3, FRESH_RUNNING_VAR, SPPF, Concat, Conv, Detect, Upsample, spread_slots
+from yolocore.model.trunk import Trunk
 
 ModelSize = Literal["n", "s", "m", "l", "x"]
 
@@ -102,18 +103,19 @@ ANCHORS_KEY = f"model.{len(ARCHITECTURE)}.anchors"
 _KEPT = frozenset(DETECT_SOURCES).union(*(spec.sources for spec in ARCHITECTURE)) - {-1}
 
 
-def _build_layer(spec: LayerSpec, scaling: Scaling, c_in: Sequence[int], num_slots: int) -> tuple[nn.Module, int]:
+def _build_layer(
+    spec: LayerSpec, scaling: Scaling, c_in: Sequence[int], num_slots: int, shared_input: bool
+) -> tuple[nn.Module, int]:
     """The module of one table row and the channels per slot that it gives; `c_in` per source."""
     c_out = scaling.channels(spec.channels)
     if spec.kind == "conv":
-        stem = c_in[0] == 3
         geometry = (spec.kernel, spec.stride, spec.padding)
-        return Conv(c_in[0], c_out, *geometry, num_slots=num_slots, shared_input=stem), c_out
+        return Conv(c_in[0], c_out, *geometry, num_slots=num_slots, shared_input=shared_input), c_out
     if spec.kind == "c3":
-        repeats = scaling.repeats(spec.repeats)
-        return C3(c_in[0], c_out, repeats, shortcut=spec.shortcut, num_slots=num_slots), c_out
+        repeats, shortcut = scaling.repeats(spec.repeats), spec.shortcut
+        return C3(c_in[0], c_out, repeats, shortcut=shortcut, num_slots=num_slots, shared_input=shared_input), c_out
     if spec.kind == "sppf":
-        return SPPF(c_in[0], c_out, spec.kernel, num_slots=num_slots), c_out
+        return SPPF(c_in[0], c_out, spec.kernel, num_slots=num_slots, shared_input=shared_input), c_out
     return (Upsample(), c_in[0]) if spec.kind == "upsample" else (Concat(num_slots), sum(c_in))
 
 
@@ -158,35 +160,58 @@ class YOLOv5(nn.Module):
         num_classes: C.
         num_slots: K.
         anchors: [L, A, 2] pixels, (width, height), shared by the slots; the defaults if None.
+        trunk: First layers that exist once per cohort of slots and get no gradient; none if None.
 
     Attributes:
         size: As given.
         num_classes: C.
         num_slots: K.
+        trunk: Which layers are shared, and who shares them.
         strides: [L] buffer, pixels per cell.
         anchors: [L, A, 2] buffer, grid units.
     """
 
-    def __init__(self, size: ModelSize, num_classes: int, num_slots: int = 1, anchors: Tensor | None = None) -> None:
+    cohorts: Tensor
+
+    def __init__(
+        self,
+        size: ModelSize,
+        num_classes: int,
+        num_slots: int = 1,
+        anchors: Tensor | None = None,
+        trunk: Trunk | None = None,
+    ) -> None:
         super().__init__()
         if num_classes < 1 or num_slots < 1:
             raise ValueError(f"num_classes={num_classes}, num_slots={num_slots}: both must be at least 1")
         self.size: ModelSize = size
         self.num_classes = num_classes
         self.num_slots = num_slots
-        scaling = SCALINGS[size]
-        layers: list[nn.Module] = []
-        channels: list[int] = []
-        for spec in ARCHITECTURE:
-            c_in = [channels[source] if channels else 3 for source in spec.sources]
-            layer, c_out = _build_layer(spec, scaling, c_in, num_slots)
-            layers.append(layer)
-            channels.append(c_out)
+        self.trunk = trunk or Trunk.none(num_slots)
+        layers, channels = self._layers(SCALINGS[size])
         strides = torch.tensor(STRIDES, dtype=torch.float32)
         c_heads = [channels[source] for source in DETECT_SOURCES]
         grid = grid_anchors(anchors, strides)
         self.model = nn.ModuleList([*layers, Detect(c_heads, num_classes, grid, strides, num_slots=num_slots)])
+        self.register_buffer("cohorts", torch.tensor(self.trunk.cohorts), persistent=False)
         self._add_prior()
+
+    def _layers(self, scaling: Scaling) -> tuple[list[nn.Module], list[int]]:
+        """Backbone and neck, and the channels per slot that each layer gives."""
+        layers: list[nn.Module] = []
+        channels: list[int] = []
+        for index, spec in enumerate(ARCHITECTURE):
+            copies = self.trunk.copies if index < self.trunk.layers else self.num_slots
+            c_in = [channels[source] if channels else 3 for source in spec.sources]
+            shared = index == 0 or (index == self.trunk.layers and self._takes_shared(index))
+            layer, c_out = _build_layer(spec, scaling, c_in, copies, shared)
+            layers.append(layer)
+            channels.append(c_out)
+        return layers, channels
+
+    def _takes_shared(self, index: int) -> bool:
+        """Whether the first layer behind the trunk reads its map as it is: one convolution for all slots."""
+        return self.trunk.copies == 1 and ARCHITECTURE[index].kind in ("conv", "c3", "sppf")
 
     @property
     def head(self) -> Detect:
@@ -217,43 +242,65 @@ class YOLOv5(nn.Module):
         """
         kept: dict[int, Tensor] = {}
         x = images
+        trained = torch.is_grad_enabled()
         for index, (spec, layer) in enumerate(zip(ARCHITECTURE, self.model, strict=False)):
-            if spec.kind == "concat":
-                x = layer([x if source == -1 else kept[source] for source in spec.sources])
-            else:
-                x = layer(x)
+            with torch.set_grad_enabled(trained and index >= self.trunk.layers):
+                if spec.kind == "concat":
+                    sources = [x if source == -1 else kept[source] for source in spec.sources]
+                    origins = [index - 1 if source == -1 else source for source in spec.sources]
+                    x = layer([self._spread(m, origin, index) for m, origin in zip(sources, origins, strict=True)])
+                else:
+                    x = layer(self._spread(x, index - 1, index))
             if index in _KEPT:
                 kept[index] = x
-        raw: list[Tensor] = self.head([kept[source] for source in DETECT_SOURCES])
+        maps = [self._spread(kept[source], source, len(ARCHITECTURE)) for source in DETECT_SOURCES]
+        raw: list[Tensor] = self.head(maps)
         return raw
 
+    def _spread(self, x: Tensor, origin: int, index: int) -> Tensor:
+        """What layer `index` reads of the map of layer `origin`: of the trunk each slot its cohort's."""
+        trunk = self.trunk
+        if not 0 <= origin < trunk.layers <= index or trunk.copies == self.num_slots:
+            return x
+        if index == trunk.layers and index < len(ARCHITECTURE) and self._takes_shared(index):
+            return x
+        return spread_slots(x, self.cohorts, trunk.copies)
+
     def per_slot(self, tensor: Tensor) -> Tensor:
-        """View a stacked tensor (a parameter, its gradient, a statistic) as [K, ...shape of one slot].
+        """View a stacked tensor behind the trunk (a parameter, its gradient, a statistic) as [K, ...shape of one slot].
 
         A counter, whose slot shape is [], becomes [K].
         """
-        counter = tensor.ndim == 1 and not tensor.is_floating_point()
-        return tensor if counter else torch.unflatten(tensor, 0, (self.num_slots, -1))
+        return _by_copy(tensor, self.num_slots)
+
+    def copy_of(self, name: str, slot: int) -> int:
+        """Which row of the official tensor with this name a slot uses: its cohort's in the trunk, else its own."""
+        return self.trunk.cohorts[slot] if self.trunk.holds(name) else slot
 
     def official_tensors(self) -> dict[str, Tensor]:
         """Every tensor that belongs to a slot, under its official name and in official order.
 
-        Parameters, running statistics and `num_batches_tracked`, each a detached [K, ...] view that shares memory
-        with the model: writing to it changes the model. The anchors, which the slots share, are not among them. Names
-        equal those of `named_parameters()`, whose gradients `per_slot` views alike. The views are
-        those of the tensors that the model holds now; `.to(...)` to another device or type replaces these.
+        Parameters, running statistics and `num_batches_tracked`, each a detached [K, ...] view ([G, ...] in a trunk of
+        G copies) that shares memory with the model: writing to it changes the model. The anchors, which the slots
+        share, are not among them. Names equal those of `named_parameters()`, whose gradients `per_slot` views alike.
+        The views are those of the tensors that the model holds now; `.to(...)` to another device or type replaces them.
         """
-        return {name: self.per_slot(tensor.detach()) for name, tensor in self._stacked()}
+        trunk = self.trunk
+        return {
+            name: _by_copy(tensor.detach(), trunk.copies if trunk.holds(name) else self.num_slots)
+            for name, tensor in self._stacked()
+        }
 
     def unstack(self, slot: int) -> dict[str, Tensor]:
         """One slot as an official YOLOv5 state dict (names, order, shapes), cloned."""
+        own = self.official_tensors()
         return {
-            name: self._clone(tensor if name == ANCHORS_KEY else self.per_slot(tensor)[slot])
+            name: self._clone(tensor if name == ANCHORS_KEY else own[name][self.copy_of(name, slot)])
             for name, tensor in self.state_dict().items()
         }
 
     def load_slot(self, slot: int, state_dict: Mapping[str, Tensor]) -> None:
-        """Write an official state dict into one slot, in place.
+        """Write an official state dict into one slot, in place; into a trunk for all slots of its cohort.
 
         Args:
             slot: 0..K-1.
@@ -268,7 +315,7 @@ class YOLOv5(nn.Module):
         self._load_anchors(state_dict)
         with torch.no_grad():
             for name, tensor in own.items():
-                tensor[slot].copy_(state_dict[name])
+                tensor[self.copy_of(name, slot)].copy_(state_dict[name])
 
     @classmethod
     def stack(
@@ -277,6 +324,7 @@ class YOLOv5(nn.Module):
         num_classes: int,
         state_dicts: Sequence[Mapping[str, Tensor]],
         anchors: Tensor | None = None,
+        trunk: Trunk | None = None,
     ) -> Self:
         """A model whose slots hold the given official state dicts.
 
@@ -285,6 +333,7 @@ class YOLOv5(nn.Module):
             num_classes: C of all of them.
             state_dicts: One per slot; anchors, where they have any, must agree.
             anchors: [L, A, 2] pixels; those of the first state dict if None, else the defaults.
+            trunk: First layers that exist once per cohort of slots, whose weights must agree; none if None.
 
         Returns:
             A model on the device of the first state dict, float64 if its weights are, else float32.
@@ -298,33 +347,43 @@ class YOLOv5(nn.Module):
         dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
         if anchors is None and ANCHORS_KEY in state_dicts[0]:
             anchors = state_dicts[0][ANCHORS_KEY].float().cpu() * torch.tensor(STRIDES).view(-1, 1, 1)
-        model = cls._uninitialised(size, num_classes, len(state_dicts), anchors).to(first.device, dtype)
+        model = cls._uninitialised(size, num_classes, len(state_dicts), anchors, trunk).to(first.device, dtype)
         for slot, state_dict in enumerate(state_dicts):
             model.load_slot(slot, state_dict)
         return model
 
-    def select(self, slots: Sequence[int]) -> Self:
-        """A new model that holds copies of these slots, in this order, on the same device and in the same mode."""
+    def select(self, slots: Sequence[int], trunk: Trunk | None = None) -> Self:
+        """A new model that holds copies of these slots, in this order, on the same device and in the same mode.
+
+        Args:
+            slots: Which, at least one.
+            trunk: Another division of the new slots into cohorts; that which they have if None.
+        """
         if not slots:
             raise ValueError("select needs at least one slot")
-        model = self._uninitialised(self.size, self.num_classes, len(slots), self.anchors * self.strides.view(-1, 1, 1))
+        shared = trunk or self.trunk.select(slots)
+        pixels = self.anchors * self.strides.view(-1, 1, 1)
+        model = self._uninitialised(self.size, self.num_classes, len(slots), pixels, shared)
         model.to(self.anchors.device, self.anchors.dtype)
         weight = next(self.parameters())
         if weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous():
             model.to(memory_format=torch.channels_last)
         model.anchors.copy_(self.anchors)
-        index = torch.tensor(slots, device=weight.device)
         own = self.official_tensors()
         with torch.no_grad():
             for name, tensor in model.official_tensors().items():
+                users = [slots[slot] for slot in shared.first_slots] if shared.holds(name) else slots
+                index = torch.tensor([self.copy_of(name, slot) for slot in users], device=weight.device)
                 tensor.copy_(own[name].index_select(0, index))
         return model.train(self.training)
 
     @classmethod
-    def _uninitialised(cls, size: ModelSize, num_classes: int, num_slots: int, anchors: Tensor | None) -> Self:
+    def _uninitialised(
+        cls, size: ModelSize, num_classes: int, num_slots: int, anchors: Tensor | None, trunk: Trunk | None = None
+    ) -> Self:
         """A float32 model on the CPU whose weights are about to be written: spares the random draws of a big stack."""
         with _SkipRandomDraws():
-            return cls(size, num_classes, num_slots, anchors)
+            return cls(size, num_classes, num_slots, anchors, trunk)
 
     @staticmethod
     def _clone(tensor: Tensor) -> Tensor:
@@ -372,6 +431,12 @@ class YOLOv5(nn.Module):
             self.anchors.copy_(anchors)
         elif not torch.allclose(anchors, self.anchors, rtol=1e-3):  # half precision keeps 3 digits
             raise WeightsError(f"tensor '{ANCHORS_KEY}' differs from the anchors that the other slots use")
+
+
+def _by_copy(tensor: Tensor, copies: int) -> Tensor:
+    """View a stacked tensor as [copies, ...]."""
+    counter = tensor.ndim == 1 and not tensor.is_floating_point()
+    return tensor if counter else torch.unflatten(tensor, 0, (copies, -1))
 
 
 def initial_state(size: ModelSize, num_classes: int, seed: int, anchors: Tensor | None = None) -> dict[str, Tensor]:

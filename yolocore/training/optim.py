@@ -399,7 +399,10 @@ def _group_ranges(layout: FlatLayout) -> tuple[slice, slice, slice]:
 
 
 class PackEMA:
-    """Moving averages of K models: one flat `[K, M]` tensor, parameters first, then statistics and frozen layers.
+    """Moving averages of K models: one flat `[K, M]` tensor of trained parameters, statistics and frozen parameters.
+
+    Frozen parameters do not move, so their averages need no step of their own: how much of the old average is left is
+    one number per slot, applied by `settle`.
 
     Args:
         model: Where the running statistics live.
@@ -407,18 +410,25 @@ class PackEMA:
     """
 
     def __init__(self, model: YOLOv5, optimizer: PackOptimizer) -> None:
+        self._model = model
         self._optimizer = optimizer
-        names = set(optimizer.layout.names)
+        trained, parameters = set(optimizer.layout.names), {name for name, _ in model.named_parameters()}
         official = model.official_tensors()
-        statistics = {k: v for k, v in official.items() if k not in names and v.is_floating_point()}
-        self._statistics = list(statistics.values())
-        self._statistics_layout = FlatLayout.of(statistics)
-        parts = optimizer.layout
-        self.layout = FlatLayout(
-            parts.names + self._statistics_layout.names, parts.shapes + self._statistics_layout.shapes
-        )
-        self.flat = self.layout.gather([*parts.views(optimizer.flat), *self._statistics])
-        """Averages `[K, M]`."""
+        frozen = {k: v for k, v in official.items() if k in parameters - trained}
+        moving = {k: v for k, v in official.items() if k not in parameters and v.is_floating_point()}
+        self._statistics, self._frozen = _Columns(model, moving), _Columns(model, frozen)
+        parts = [optimizer.layout, self._statistics.layout, self._frozen.layout]
+        names = tuple(name for part in parts for name in part.names)
+        self.layout = FlatLayout(names, tuple(shape for part in parts for shape in part.shapes))
+        self.flat = torch.cat([optimizer.flat, self._statistics.gather(), self._frozen.gather()], dim=1)
+        """Averages `[K, M]`; those of frozen parameters as they were when last settled."""
+        self._left = torch.ones_like(self.flat[:, :1])
+
+    def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Columns of the trained parameters, of the statistics and of the frozen parameters."""
+        trained, moving = self._optimizer.flat.shape[1], self._statistics.count
+        first, second, third = self.flat.split_with_sizes([trained, moving, self._frozen.count], dim=1)
+        return first, second, third
 
     def update(self, share: Tensor, apply: Tensor) -> None:
         """Blend the model in: `v <- (1 - share) v + share model` for the slots in `apply`; the others keep every bit.
@@ -429,17 +439,47 @@ class PackEMA:
         """
         mask = apply.unsqueeze(1)
         weight = torch.where(mask, share.unsqueeze(1), 0.0)
-        split = self._optimizer.flat.shape[1]
+        trained, statistics, _ = self._parts()
         # The parameters of a failed slot are frozen and finite; its running statistics may not be.
-        self.flat[:, :split].lerp_(self._optimizer.flat, weight)
-        old = self.flat[:, split:]
-        new = self._statistics_layout.gather(self._statistics)
-        old.copy_(torch.where(mask, old.lerp(new, weight), old))
+        trained.lerp_(self._optimizer.flat, weight)
+        statistics.copy_(torch.where(mask, statistics.lerp(self._statistics.gather(), weight), statistics))
+        self._left *= 1 - weight
+
+    def settle(self) -> None:
+        """Bring the averages of frozen parameters up to date; changes no bit where nobody stepped since the last."""
+        if self._frozen.count:
+            averages = self._parts()[2]
+            averages.lerp_(self._frozen.gather(), 1 - self._left)
+            self._left.fill_(1.0)
 
     def slot_weights(self, slot: int) -> dict[str, Tensor]:
         """One slot's averages by official name, in the layout's order."""
+        self.settle()
         return self.layout.row(self.flat, slot)
 
     def load_slot(self, slot: int, tensors: Mapping[str, Tensor]) -> None:
         """Restore one slot's averages."""
         self.layout.load_row(self.flat, slot, tensors)
+
+
+class _Columns:
+    """Some of a model's tensors side by side, `[K, N]`; of a shared trunk every slot reads its cohort's row."""
+
+    def __init__(self, model: YOLOv5, tensors: Mapping[str, Tensor]) -> None:
+        shared = {name: tensor for name, tensor in tensors.items() if model.trunk.holds(name)}
+        own = {name: tensor for name, tensor in tensors.items() if name not in shared}
+        self._cohorts = model.cohorts
+        self._shared, self._own = list(shared.values()), list(own.values())
+        self._shared_layout, self._own_layout = FlatLayout.of(shared), FlatLayout.of(own)
+        self._empty = torch.empty(model.num_slots, 0, dtype=model.anchors.dtype, device=model.anchors.device)
+        self.layout = FlatLayout.of({**shared, **own})
+        self.count = sum(self.layout.sizes)
+
+    def gather(self) -> Tensor:
+        """What they hold now."""
+        parts = [self._empty]
+        if self._shared:
+            parts.append(self._shared_layout.gather(self._shared).index_select(0, self._cohorts))
+        if self._own:
+            parts.append(self._own_layout.gather(self._own))
+        return torch.cat(parts, dim=1) if len(parts) > 2 else parts[-1]

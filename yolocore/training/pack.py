@@ -19,6 +19,7 @@ from yolocore.errors import TrainingError
 from yolocore.hyperparameters import SHARED_KEYS, Hyperparameters
 from yolocore.loss import DEFAULT_BALANCE, LossComponents, LossWeights, detection_loss, update_balance
 from yolocore.model import STRIDES, YOLOv5
+from yolocore.model.trunk import Trunk
 from yolocore.training.config import TrainConfig
 from yolocore.training.multiscale import resized
 from yolocore.training.optim import CLIP_NORM, Clock, PackEMA, PackOptimizer, Schedule, StepTable, row_norms
@@ -159,8 +160,11 @@ class Pack:
         self._batch = 0
 
     def _stack(self, weights: Sequence[Mapping[str, Tensor]]) -> YOLOv5:
-        moved = [{name: tensor.to(self.device) for name, tensor in one.items()} for one in weights]
-        model = YOLOv5.stack(self.config.model, self.num_classes, moved)
+        # Fresh slots share one dict, and comparing a dict with itself is free.
+        moved = {id(one): {name: tensor.to(self.device) for name, tensor in one.items()} for one in weights}
+        states = [moved[id(one)] for one in weights]
+        trunk = Trunk.of(self.config.freeze, states)
+        model = YOLOv5.stack(self.config.model, self.num_classes, states, trunk=trunk)
         model.model[: self.config.freeze].requires_grad_(False)
         # Faster for float32 and autocast, most of all with several slots; float64 has no kernels for it.
         return model.to(memory_format=torch.channels_last) if model.anchors.dtype == torch.float32 else model
@@ -304,6 +308,7 @@ class Pack:
         """
         if self._table is None or (self._batch < self.batches_per_epoch and not self.all_failed()):
             raise TrainingError(f"the epoch ended after {self._batch} of {self.batches_per_epoch} batches")
+        self.ema.settle()
         self._mark(~torch.isfinite(self.ema.flat).all(dim=1), _BAD_STATISTICS, self._table.values[-1])
         means = (self._sums / max(self._batch, 1)).tolist()
         failures = [self._failure_text(*pair) for pair in zip(*self._failures_on_host(), strict=True)]
@@ -339,13 +344,17 @@ class Pack:
             slots: Which, at least one, in this order; all if None.
         """
         chosen = list(range(len(self.keys)) if slots is None else slots)
+        self.ema.settle()
+        averages = dict(zip(self.ema.layout.names, self.ema.layout.views(self.ema.flat), strict=True))
+        trunk = Trunk.of(self.config.freeze, [{n: t[slot] for n, t in averages.items()} for slot in chosen])
         model = self._evaluation_model
-        if model is None or model.num_slots != len(chosen):
-            model = self._evaluation_model = self.model.select(chosen).eval().requires_grad_(False)
-        tensors = model.official_tensors()
-        targets = [tensors[name] for name in self.ema.layout.names]
-        flat = self.ema.flat if len(chosen) == len(self.keys) else self.ema.flat[chosen]
-        torch._foreach_copy_(targets, self.ema.layout.views(flat))
+        if model is None or model.trunk != trunk:
+            model = self._evaluation_model = self.model.select(chosen, trunk).eval().requires_grad_(False)
+        users = [chosen[slot] for slot in trunk.first_slots]
+        for name, target in model.official_tensors().items():
+            if name in averages:
+                rows = users if trunk.holds(name) else chosen
+                target.copy_(averages[name] if len(rows) == len(self.keys) else averages[name][rows])
         return model
 
     def slot_weights(self, slot: int) -> dict[str, Tensor]:
