@@ -54,7 +54,8 @@ from search.worker.context import WorkerContext
 from search.worker.host import process_identity
 from search.worker.linking import link_trial
 from search.worker.messages import EpochDone, PackEnded, Secured, Standing, StartPack, TrialStart, Verdict
-from search.worker.mirror import Mirror, MirrorContext
+from search.worker.mirror import Mirror
+from search.worker.records import MirrorContext
 from search.worker.stop import StopFlag
 from search.worker.worker import Worker
 from yolocore.metrics import DetectionMetrics

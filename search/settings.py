@@ -410,6 +410,8 @@ class TrackingConfig(Section):
     """Tracking server or store; by default MLFLOW_TRACKING_URI, else a file beside the studies."""
     experiment: str | None = None
     """Experiment's name; by default the study's."""
+    review: StrictBool = True
+    """Draw plots, the report and pictures of the best trials into MLflow, by a process of low priority."""
 
 
 def on_grid(value: float, low: float, step: float) -> bool:

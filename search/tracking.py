@@ -49,6 +49,8 @@ REASON_TAG = "yolosearch.reason"
 CHANGED_PARAMS_TAG = "yolosearch.changed_params"
 NOTE_TAG = "mlflow.note.content"
 SUMMARY_TICKET = "summary"
+CHAMPION = "champion"
+"""Alias of the registered model's version that a study recommends."""
 
 # Limits of the oldest servers in use; today's MLflow allows more.
 METRICS_PER_BATCH = 1000
@@ -160,6 +162,24 @@ class Tracker(Protocol):
 
     def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
         """Writes tags, passwords in URLs masked."""
+
+    def tags(self, run_id: str) -> Mapping[str, str]:
+        """The tags of a run."""
+
+    def set_champion(self, model: str, run_id: str, artifact: str, tags: Mapping[str, str]) -> str:
+        """Makes an artifact the version of a registered model that has the alias `champion`.
+
+        The same artifact does not become a second version; its tags are written again.
+
+        Args:
+            model: name of the registered model, created where it is missing.
+            run_id: of the run that has the artifact.
+            artifact: its name, for example `weights/best.safetensors`.
+            tags: written over those that the version has.
+
+        Returns:
+            The version.
+        """
 
     def set_state(
         self, run_id: str, state: TrackedState, reason: str | None = None, end_time: float | None = None
@@ -366,6 +386,14 @@ class NullTracker:
     def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
         """Nothing."""
 
+    def tags(self, run_id: str) -> Mapping[str, str]:  # noqa: ARG002
+        """None: nothing is kept."""
+        return {}
+
+    def set_champion(self, model: str, run_id: str, artifact: str, tags: Mapping[str, str]) -> str:  # noqa: ARG002
+        """No version: nothing is kept."""
+        return ""
+
     def set_state(
         self, run_id: str, state: TrackedState, reason: str | None = None, end_time: float | None = None
     ) -> None:
@@ -455,6 +483,25 @@ class MlflowTracker:
         items = [RunTag(key, _tag_text(value)) for key, value in tags.items()]
         for batch in _chunks(items, ITEMS_PER_BATCH):
             self._call(f"tag run {run_id}", "log_batch", run_id, tags=batch)
+
+    def tags(self, run_id: str) -> Mapping[str, str]:
+        """See `Tracker`."""
+        return dict(self._run(run_id).data.tags)
+
+    def set_champion(self, model: str, run_id: str, artifact: str, tags: Mapping[str, str]) -> str:
+        """See `Tracker`."""
+        source = f"runs:/{run_id}/{artifact}"
+        action = f"register model {model!r}"
+        if not self._call(action, "search_registered_models", f"name = {_quoted(model)}", max_results=1):
+            with contextlib.suppress(TrackingError):  # another worker may have been faster; names are unique
+                self._call(action, "create_registered_model", model)
+        versions = self._call(action, "search_model_versions", f"name = {_quoted(model)}")
+        known = next((entry for entry in versions if entry.run_id == run_id and entry.source == source), None)
+        entry = known or self._call(action, "create_model_version", model, source, run_id)
+        for key, value in tags.items():
+            self._call(action, "set_model_version_tag", model, entry.version, key, _tag_text(value))
+        self._call(action, "set_registered_model_alias", model, CHAMPION, entry.version)
+        return str(entry.version)
 
     def set_state(
         self, run_id: str, state: TrackedState, reason: str | None = None, end_time: float | None = None

@@ -9,53 +9,30 @@ from __future__ import annotations
 import json
 import logging
 import queue
-import re
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import optuna
 
-from search.config import StudyConfig
 from search.database import init_lock
 from search.errors import LeaseLostError
-from search.ledger import EpochRow, Ledger, StudyRecord, Ticket, TicketState
-from search.paths import StudyFolder
+from search.ledger import EpochRow, Ledger, Ticket, TicketState
 from search.space import hyperparameters
 from search.study import tell
 from search.tracking import TrackedState, Tracker
-from search.weights import WeightsStore, value_row
+from search.weights import value_row
+from search.worker.gallery import Gallery
+from search.worker.records import MirrorContext, metric_name
 from yolocore.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
 PAUSE_SECONDS = 2.0
 RETRY_SECONDS = 5.0
-METRIC_NAMES = {
-    "fitness": "metrics/fitness",
-    "map50": "metrics/mAP50",
-    "map": "metrics/mAP50-95",
-    "precision": "metrics/precision",
-    "recall": "metrics/recall",
-    "f1": "metrics/f1",
-    "val_box": "val/box_loss",
-    "val_obj": "val/obj_loss",
-    "val_cls": "val/cls_loss",
-    "train_box": "train/box_loss",
-    "train_obj": "train/obj_loss",
-    "train_cls": "train/cls_loss",
-    "lr_bias": "lr/bias",
-    "lr_decay": "lr/weights",
-    "lr_norm": "lr/norm",
-    "seconds": "time/epoch_seconds",
-    "eval_seconds": "time/evaluation_seconds",
-    "slots": "pack/slots",
-    "stream_epoch": "pack/stream_epoch",
-}
 TRACKED_STATES = {
     TicketState.WAITING: TrackedState.SCHEDULED,
     TicketState.RUNNING: TrackedState.RUNNING,
@@ -63,20 +40,6 @@ TRACKED_STATES = {
     TicketState.PRUNED: TrackedState.PRUNED,
     TicketState.FAIL: TrackedState.FAIL,
 }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MirrorContext:
-    """What every run of a study has in common."""
-
-    config: StudyConfig
-    record: StudyRecord
-    folder: StudyFolder
-    class_names: tuple[str, ...]
-    storage_url: str
-    weights: WeightsStore | None = None
-    """Where the best trial's weights are."""
-    tags: Mapping[str, str] = field(default_factory=dict)
 
 
 class Mirror:
@@ -96,6 +59,7 @@ class Mirror:
         self._sent: dict[int, int] = {}
         self._shown: dict[int, TicketState] = {}
         self._summary: str | None = None
+        self._gallery = Gallery(ledger, tracker, context)
         self._thread = threading.Thread(target=self._run, name="mirror", daemon=True)
 
     def __enter__(self) -> Mirror:
@@ -176,16 +140,10 @@ class Mirror:
         return f"{self._context.record.created:.0f}-{ticket.number:05d}"
 
     def _tracked(self, row: EpochRow) -> tuple[int, dict[str, float], float]:
-        named = {self._metric_name(key): value for key, value in row.metrics.items()}
+        named = {metric_name(key, self._context.class_names): value for key, value in row.metrics.items()}
         if row.value is not None:
             named["objective"] = row.value
         return row.epoch, named, row.stored_at
-
-    def _metric_name(self, key: str) -> str:
-        if key.startswith("class_ap/"):
-            name = self._context.class_names[int(key.removeprefix("class_ap/"))]
-            return "class_ap/" + re.sub(r"[^\w\-. ]", "_", name, flags=re.ASCII)
-        return METRIC_NAMES.get(key, key)
 
     def _final_tags(self, ticket: Ticket) -> dict[str, str]:
         tags = {"yolosearch.attempts": str(ticket.attempt)}
@@ -272,6 +230,10 @@ class Mirror:
                     pending[ticket_id] = None
                     time.sleep(RETRY_SECONDS)
                     break
+            if not closing:
+                self._try("plots of the study", lambda: self._gallery.poll(self._summary_run))
+        self._try("plots of the study", lambda: self._gallery.finish(self._summary_run))
+        self._gallery.close()
 
     def _noticed(self) -> dict[int, None]:
         """Ticket ids that were named since the last look, each once, in order."""
@@ -283,10 +245,14 @@ class Mirror:
                 return noticed
 
     def _try_sync(self, ticket_id: int) -> bool:
+        return self._try(f"records of ticket {ticket_id}", lambda: self.sync(ticket_id))
+
+    @staticmethod
+    def _try(what: str, act: Callable[[], None]) -> bool:
         try:
-            self.sync(ticket_id)
+            act()
         except Exception as error:
-            logger.warning("records of ticket %d could not be sent, trying again: %s", ticket_id, error)
+            logger.warning("%s could not be sent, trying again: %s", what, error)
             return False
         return True
 

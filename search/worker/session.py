@@ -27,7 +27,8 @@ from search.worker.context import WorkerContext
 from search.worker.existing import HANG_SECONDS, OUTAGE_SECONDS, open_existing, refuse_shared_database
 from search.worker.host import process_identity
 from search.worker.lease import DEFAULT_LEASE_SECONDS
-from search.worker.mirror import Mirror, MirrorContext
+from search.worker.mirror import Mirror
+from search.worker.records import MirrorContext
 from search.worker.stop import StopFlag
 from search.worker.worker import Worker
 from yolocore.data.dataset import fingerprint, load_dataset_config
@@ -165,6 +166,7 @@ def _mirror(options: WorkerOptions, context: WorkerContext, record: StudyRecord)
         class_names=context.class_names,
         storage_url=options.storage_url,
         weights=WeightsStore.open(context.checkpoints, context.config.name),
+        worker_id=options.worker_id,
         tags={
             "yolosearch.sampler": context.config.sampler.name,
             "yolosearch.fingerprint": record.fingerprint,

@@ -47,7 +47,8 @@ from search.paths import StudyFolder
 from search.report import study_status
 from search.study import load_study, open_storage
 from search.tracking import open_tracker
-from search.worker.mirror import Mirror, MirrorContext
+from search.worker.mirror import Mirror
+from search.worker.records import MirrorContext
 from search.worker.trainer_process import VERDICT_SECONDS
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]

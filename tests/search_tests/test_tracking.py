@@ -129,6 +129,24 @@ class RecordingConformance(TrackerConformance):
         tags = {"yolosearch.trial_number": "3", "yolosearch.sampler": "tpe"}
         return tracker.ensure_trial_run(study, "3", "trial-00003", HYP, tags)
 
+    def test_set_champion_twice_is_one_version_and_another_artifact_takes_the_alias(
+        self, tracker: Tracker, run: str, study: str, reader: Any
+    ) -> None:
+        tracker.log_artifacts(run, {"weights/best.safetensors": "tensors"})
+
+        first = tracker.set_champion(study, run, "weights/best.safetensors", {"yolosearch.trial": "3"})
+        again = tracker.set_champion(study, run, "weights/best.safetensors", {"yolosearch.standing": "confirmed"})
+
+        champion = reader.get_model_version_by_alias(study, "champion")
+        assert first == again == str(champion.version)
+        assert (champion.run_id, champion.source) == (run, f"runs:/{run}/weights/best.safetensors")
+        assert champion.tags == {"yolosearch.trial": "3", "yolosearch.standing": "confirmed"}
+
+        other = tracker.ensure_trial_run(study, "4", "trial-00004", HYP, {})
+        second = tracker.set_champion(study, other, "weights/best.safetensors", {})
+        assert second != first
+        assert reader.get_model_version_by_alias(study, "champion").run_id == other
+
     def test_ensure_trial_run_writes_name_params_and_tags(self, run: str, study: str, reader: Any) -> None:
         stored = reader.get_run(run)
 

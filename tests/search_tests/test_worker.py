@@ -33,7 +33,8 @@ from search.worker.context import WorkerContext
 from search.worker.host import host_identity, is_alive, process_identity, release_dead_neighbours
 from search.worker.lease import LeaseKeeper
 from search.worker.linking import link_trial
-from search.worker.mirror import Mirror, MirrorContext
+from search.worker.mirror import Mirror
+from search.worker.records import MirrorContext
 from search.worker.session import WorkerOptions, run_worker
 from search.worker.stop import StopFlag
 from yolocore.checkpoint import load_weights, save_weights

@@ -1,0 +1,62 @@
+"""Draws a study into a folder, in a process of its own that leaves the processor to the training.
+
+Plots, analyses of importance and pictures are seconds of pure computing. In the worker they would take turns with the
+thread that answers the trainer; a process of the lowest priority does not, and its memory goes with it.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from search.review import StudyData
+
+LOWEST_PRIORITY = 19
+STUDY, TRIALS = "study", "trials"
+"""Folders of what was drawn: of the study, and below `trials` by ticket id."""
+
+NOTE_FILE = "note.md"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RenderJob:
+    """What to draw, and where."""
+
+    data: StudyData
+    hyp: str | None
+    """Text of the best hyp YAML."""
+    folder: Path
+    pictures: Mapping[int, Path] = field(default_factory=dict)
+    """Details of an evaluation by ticket id, of the trials that get pictures."""
+
+
+def start(job: RenderJob) -> BaseProcess:
+    """Starts to draw; the process ends with code 0 once everything is in the folder."""
+    process = multiprocessing.get_context("spawn").Process(target=render, args=(job,), name="render", daemon=True)
+    process.start()
+    assert process.pid is not None
+    with suppress(ProcessLookupError, PermissionError):
+        os.setpriority(os.PRIO_PROCESS, process.pid, LOWEST_PRIORITY)
+    return process
+
+
+def render(job: RenderJob) -> None:
+    """Draws everything; files appear in the job's folder."""
+    from search.note import note
+    from search.page import Review, plot_page, report_page
+
+    folder = job.folder / STUDY
+    (folder / "plots").mkdir(parents=True)
+    review = Review.of(job.data)
+    drawn = [plot for plot in review.plots if plot.figure is not None]
+    for number, plot in enumerate(drawn, start=1):
+        # Numbered: MLflow sorts artifacts by name.
+        page = plot_page(plot, job.data.config.name)
+        (folder / "plots" / f"{number:02d}-{plot.key}.html").write_text(page, encoding="utf-8")
+    (folder / "report.html").write_text(report_page(review, job.hyp), encoding="utf-8")
+    (folder / NOTE_FILE).write_text(note(job.data, review.found, review.plots), encoding="utf-8")

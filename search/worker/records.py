@@ -1,0 +1,58 @@
+"""What the records of a study in MLflow have in common: their context and the names of their metrics."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from search.config import StudyConfig
+from search.ledger import StudyRecord
+from search.paths import StudyFolder
+from search.weights import WeightsStore
+
+METRIC_NAMES = {
+    "fitness": "metrics/fitness",
+    "map50": "metrics/mAP50",
+    "map": "metrics/mAP50-95",
+    "precision": "metrics/precision",
+    "recall": "metrics/recall",
+    "f1": "metrics/f1",
+    "val_box": "val/box_loss",
+    "val_obj": "val/obj_loss",
+    "val_cls": "val/cls_loss",
+    "train_box": "train/box_loss",
+    "train_obj": "train/obj_loss",
+    "train_cls": "train/cls_loss",
+    "lr_bias": "lr/bias",
+    "lr_decay": "lr/weights",
+    "lr_norm": "lr/norm",
+    "seconds": "time/epoch_seconds",
+    "eval_seconds": "time/evaluation_seconds",
+    "slots": "pack/slots",
+    "stream_epoch": "pack/stream_epoch",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MirrorContext:
+    """What every run of a study has in common."""
+
+    config: StudyConfig
+    record: StudyRecord
+    folder: StudyFolder
+    class_names: tuple[str, ...]
+    storage_url: str
+    weights: WeightsStore | None = None
+    """Where the best trial's weights are."""
+    worker_id: str = ""
+    """Of the worker whose mirror this is."""
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+
+def metric_name(key: str, class_names: Sequence[str]) -> str:
+    """How MLflow calls a metric of the ledger. The prefix is the chart's group."""
+    if key.startswith("class_ap/"):
+        name = class_names[int(key.removeprefix("class_ap/"))]
+        return "class_ap/" + re.sub(r"[^\w\-. ]", "_", name, flags=re.ASCII)
+    return METRIC_NAMES.get(key, key)

@@ -1,0 +1,133 @@
+"""What MLflow shows of a study as a whole: drawn by another process, sent while the study runs and at its end."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from made_up import CLASSES, made_up_study
+from tiny import NAME, TinyStudy, make_study
+
+from search.ledger import TicketState
+from search.paths import StudyFolder
+from search.space import distributions
+from search.study import load_study, open_storage
+from search.tracking import open_tracker
+from search.worker import gallery
+from search.worker.mirror import Mirror
+from search.worker.records import MirrorContext
+
+COMPLETE, PRUNED = TicketState.COMPLETE, TicketState.PRUNED
+FATES = [(COMPLETE, 0.4), (COMPLETE, 0.45), (PRUNED, 0.1)]
+REVIEW = {"tracking": {"review": True}}
+
+
+def mirror_of(study: TinyStudy) -> Mirror:
+    from search.study import create_study
+
+    storage = open_storage(study.storage_url)
+    create_study(study.config, storage)
+    for ticket in study.tickets():
+        if ticket.trial_number and len(study.optuna_trials()) <= ticket.trial_number:
+            _run_in_optuna(study, storage, ticket.params or {})
+    context = MirrorContext(
+        config=study.config,
+        record=study.ledger.study(NAME),
+        folder=StudyFolder(study.runs, NAME),
+        class_names=CLASSES,
+        storage_url=study.storage_url,
+    )
+    tracker = open_tracker(enabled=True, uri=None, runs_dir=study.runs)
+    return Mirror(study.ledger, load_study(study.config, storage), tracker, context)
+
+
+def _run_in_optuna(study: TinyStudy, storage: Any, params: dict[str, float]) -> None:
+    space = distributions(study.config)
+    trial = optuna.trial.create_trial(state=optuna.trial.TrialState.RUNNING, params=params, distributions=space)
+    optuna.load_study(study_name=NAME, storage=storage).add_trial(trial)
+
+
+def summary_of(study: TinyStudy) -> Any:
+    return study.mlflow_runs()["summary"]
+
+
+def artifacts_of(study: TinyStudy, run: Any) -> set[str]:
+    root = Path(run.info.artifact_uri.removeprefix("file://"))
+    return {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
+
+
+def test_mirror_study_over_shows_plots_report_numbers_and_note(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    study = made_up_study(tmp_path / "study", tmp_path_factory.getbasetemp(), FATES, tracked=True, **REVIEW)
+
+    with mirror_of(study) as mirror:
+        mirror.reconcile()
+
+    summary = summary_of(study)
+    files = artifacts_of(study, summary)
+    assert {"report.html", "hyp.best.yaml", "study.yaml", "plots/01-history.html", "plots/02-classes.html"} <= files
+    metrics = summary.data.metrics
+    assert (metrics["trials/complete"], metrics["trials/pruned"]) == (2, 1)
+    assert (metrics["base/fitness"], metrics["best/fitness"]) == (0.4, 0.45)
+    assert metrics["best/class_ap/cat"] == pytest.approx(0.45)
+    assert study.metric_history(summary, "trials/complete") == [(3, 2.0)]
+    note = summary.data.tags["mlflow.note.content"]
+    assert note.startswith("## Unconfirmed: ")
+    assert "| cat | 0.400 | 0.450 | +0.050 |" in note
+    assert summary.info.status == "FINISHED"
+
+    before = (Path(summary.info.artifact_uri.removeprefix("file://")) / "report.html").stat().st_mtime_ns
+    with mirror_of(study) as mirror:
+        mirror.reconcile()
+    after = (Path(summary.info.artifact_uri.removeprefix("file://")) / "report.html").stat().st_mtime_ns
+    assert after == before
+
+
+def test_mirror_study_that_runs_is_drawn_meanwhile_and_its_thread_waits_for_nothing(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gallery, "EVERY_SECONDS", 0.0)
+    study = made_up_study(tmp_path / "study", tmp_path_factory.getbasetemp(), FATES, waiting=1, tracked=True, **REVIEW)
+
+    with mirror_of(study) as mirror:
+        mirror.reconcile()
+        deadline = time.monotonic() + 120
+        while "report.html" not in (artifacts_of(study, summary_of(study)) if _has_runs(study) else ()):
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        began = time.monotonic()
+        mirror.close()
+        took = time.monotonic() - began
+
+    # A trial is still open: whoever ends it draws the rest, and nobody waits for that here.
+    assert took < 20
+    assert "yolosearch.state" in summary_of(study).data.tags
+
+
+def _has_runs(study: TinyStudy) -> bool:
+    try:
+        return "summary" in study.mlflow_runs()
+    except AssertionError:
+        return False
+
+
+def test_run_worker_best_weights_become_the_champion(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    shared = tmp_path_factory.getbasetemp()
+    study = make_study(tmp_path / "study", shared, tracked=True, trials=2, **REVIEW)
+    study.create()
+
+    study.work()
+
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{study.runs / 'mlflow.db'}")
+    best = max(study.tickets(), key=lambda ticket: (ticket.value or 0.0, -ticket.number))
+    champion = client.get_model_version_by_alias(NAME, "champion")
+    assert champion.run_id == best.run_id
+    assert champion.tags["yolosearch.trial"] == str(best.trial_number)
+    assert champion.tags["yolosearch.standing"] in {"unconfirmed", "keep"}
+    assert "weights/best.safetensors" in artifacts_of(study, client.get_run(champion.run_id))
+    assert json.loads(json.dumps(summary_of(study).data.metrics))["trials/complete"] == 2
