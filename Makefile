@@ -4,7 +4,7 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
 
-.PHONY: setup quickstart test test-slow test-faults lint
+.PHONY: setup quickstart test test-slow test-faults lint docs
 
 setup: $(STAMP)
 
@@ -30,3 +30,7 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The references and figures that are generated; a test fails while they are stale.
+docs: $(STAMP)
+	$(BIN)/python docs/make.py

@@ -5,6 +5,7 @@ What needs torch, Optuna or MLflow is imported inside the commands: `status` and
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
 import sys
 import traceback
@@ -16,7 +17,7 @@ from typing import Annotated
 import typer
 from rich.logging import RichHandler
 
-from search import cli_data, cli_doctor, cli_init, cli_launch, cli_report, cli_studies, cli_watch
+from search import cli_dashboard, cli_data, cli_doctor, cli_init, cli_launch, cli_report, cli_studies, cli_watch
 from search.cli_common import (
     AsJson,
     Checkpoints,
@@ -46,12 +47,25 @@ from yolocore.errors import InputError, YolocoreError
 
 app = typer.Typer(
     name="yolosearch",
-    help="Finds the YOLOv5 loss weights for your own data set.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print_line(f"yolosearch {importlib.metadata.version('yolosearch')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and end.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """Finds the YOLOv5 loss weights for your own data set."""
 
 
 class _MaskingHandler(RichHandler):
@@ -201,6 +215,9 @@ def export(
     print_line(f"best hyp: {path}")
     if weights is not None:
         print_line(f"its weights: {weights}")
+
+
+app.add_typer(cli_dashboard.app)
 
 
 @app.command()

@@ -26,8 +26,21 @@ if TYPE_CHECKING:
 out = Console()
 err = Console(stderr=True)
 
+
+def complete_study(incomplete: str) -> list[str]:
+    """For the shell: studies with a database in the runs folder, and study files here."""
+    names = sorted(path.parent.name for path in default_runs_dir().glob("*/study.db"))
+    files = sorted(str(path) for path in Path().glob("*.y*ml"))
+    return [name for name in (*names, *files) if name.startswith(incomplete)]
+
+
 StudyFile = Annotated[Path, typer.Argument(metavar="STUDY.yaml", help="The study file.", show_default=False)]
-StudyName = Annotated[str, typer.Argument(metavar="STUDY", help="Name of the study, or its YAML.", show_default=False)]
+StudyName = Annotated[
+    str,
+    typer.Argument(
+        metavar="STUDY", help="Name of the study, or its YAML.", show_default=False, autocompletion=complete_study
+    ),
+]
 Storage = Annotated[
     str | None,
     typer.Option("--storage", metavar="URL", help="Database; default $YOLOSEARCH_STORAGE_URL or runs/STUDY/study.db."),

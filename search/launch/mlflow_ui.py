@@ -66,14 +66,14 @@ def server_environment(uri: str, environment: Mapping[str, str]) -> dict[str, st
     return {key: value for key, value in environment.items() if key not in client_only} | own
 
 
-def choose_port(host: str, port: int | None) -> int:
-    """The port to listen on: the asked one, or 5000, or any free one if 5000 is taken and none was asked for.
+def choose_port(host: str, port: int | None, usual: int = DEFAULT_PORT) -> int:
+    """The port to listen on: the asked one, or the usual one, or any free one if that is taken and none was asked for.
 
     Raises:
         UserInputError: the asked port is taken or not allowed, or the host is none of this machine's.
     """
     try:
-        return _bound_port(host, DEFAULT_PORT if port is None else port)
+        return _bound_port(host, usual if port is None else port)
     except (OSError, OverflowError) as error:
         if port is not None:
             reason = error.strerror if isinstance(error, OSError) else str(error)

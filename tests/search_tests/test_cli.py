@@ -18,12 +18,26 @@ from test_config import BROKEN as BROKEN_STUDIES
 from test_config import GOOD
 from tiny import NAME, TinyStudy, make_study, wait_for
 
-from search import cli_doctor, cli_init, cli_launch, cli_studies, cli_watch
+from search import cli_dashboard, cli_doctor, cli_init, cli_launch, cli_studies, cli_watch
 from search.cli import app, main
 from search.ledger import TicketState, WorkerState
 from yolocore.hyperparameters import Hyperparameters
 
-COMMANDS = ["init", "schema", "check", "create", "run", "launch", "worker", "watch", "status", "trials", "export", "ui"]
+COMMANDS = [
+    "init",
+    "schema",
+    "dashboard",
+    "check",
+    "create",
+    "run",
+    "launch",
+    "worker",
+    "watch",
+    "status",
+    "trials",
+    "export",
+    "ui",
+]
 COMMANDS += ["doctor", "list", "clone", "retry", "clean", "delete"]
 
 
@@ -72,7 +86,7 @@ def test_help_names_every_command(yolosearch: Command) -> None:
     result = yolosearch("--help")
 
     assert result.code == 0
-    apps = (app, cli_doctor.app, cli_init.app, cli_launch.app, cli_studies.app, cli_watch.app)
+    apps = (app, cli_dashboard.app, cli_doctor.app, cli_init.app, cli_launch.app, cli_studies.app, cli_watch.app)
     registered = [command for part in apps for command in part.registered_commands]
     names = sorted(info.name or info.callback.__name__ for info in registered if info.callback)
     assert names == sorted(COMMANDS)
@@ -88,7 +102,7 @@ def test_help_of_every_command_has_an_example(yolosearch: Command, command: str)
 
 
 @pytest.mark.parametrize(
-    "command", sorted({*COMMANDS} - {"init", "schema", "create", "worker", "ui", "clone", "retry"})
+    "command", sorted({*COMMANDS} - {"init", "schema", "dashboard", "create", "worker", "ui", "clone", "retry"})
 )
 def test_help_json_is_offered(yolosearch: Command, command: str) -> None:
     assert "--json" in yolosearch(command, "--help").out
