@@ -33,6 +33,7 @@ from search.settings import (
     NAME_OR_MAPPING,
     AshaPruner,
     CmaesSampler,
+    FidelityConfig,
     GpSampler,
     GridSampler,
     HyperbandPruner,
@@ -117,6 +118,8 @@ class StudyConfig(Section):
         MedianPruner(name="median")
     )
     """Who stops hopeless trials."""
+    fidelity: FidelityConfig | None = None
+    """A cheap training with a frozen backbone that a trial has to pass first; none by default."""
     trials: Annotated[Whole, Field(ge=1)]
     """Number of trials, the base (trial 0) included."""
     timeout: Annotated[Number, Field(gt=0)] | None = None
@@ -435,6 +438,8 @@ def _section_of(place: Sequence[str | int]) -> type[Section] | None:
             return PRUNERS.get(str(tag))
         case ["objective"]:
             return ObjectiveConfig
+        case ["fidelity"]:
+            return FidelityConfig
         case ["tracking"]:
             return TrackingConfig
     return None
@@ -585,6 +590,7 @@ def _check_meaning(config: StudyConfig, *, check_files: bool) -> Iterator[Proble
     yield from _check_base(config)
     yield from _check_sampler(config)
     yield from _check_pruner(config)
+    yield from _check_fidelity(config)
     yield from _check_objective(config)
     yield from _check_tracking(config)
 
@@ -757,6 +763,17 @@ def _check_threshold(key: str, pruner: ThresholdPruner) -> Iterator[Problem]:
         yield Problem(key, "threshold without limits", "lower, upper or both")
     elif pruner.lower is not None and pruner.upper is not None and pruner.lower >= pruner.upper:
         yield Problem(key, f"lower {pruner.lower:g}, upper {pruner.upper:g}", "lower < upper")
+
+
+def _check_fidelity(config: StudyConfig) -> Iterator[Problem]:
+    fidelity, train = config.fidelity, config.train
+    if fidelity is None:
+        return
+    if fidelity.freeze < train.freeze:
+        yield Problem("fidelity.freeze", f"got {fidelity.freeze}", f"at least train.freeze ({train.freeze})")
+    if train.weights is None:
+        found = "without train.weights the frozen layers would keep random weights"
+        yield Problem("fidelity", found, "a study that starts from weights, or no fidelity")
 
 
 def _check_objective(config: StudyConfig) -> Iterator[Problem]:

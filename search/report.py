@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from search.config import StudyConfig
+from search.fidelity import FidelityStatus
 from search.forecast import ShortAgainstFull, Span, expected_cost, seconds_left, short_against_full
 from search.housekeeping import StudyRow
 from search.ledger import EpochRow, Ledger, StudyRecord, Ticket, TicketState, WorkerRow, WorkerState, base_numbers
@@ -78,6 +79,8 @@ class StudyStatus:
     """In which its workers have trained; more than one where `train.precision: auto` met different hosts."""
     prepared: Prepared
     """What was worked out when the study was created."""
+    fidelity: FidelityStatus | None = None
+    """Of studies that have a cheap training before the full one."""
 
     @property
     def finished(self) -> bool:
@@ -136,6 +139,7 @@ def sum_up(rows: StudyRows, config: StudyConfig) -> StudyStatus:
         unsent=sum(ticket.state.is_final and not ticket.mirrored for ticket in tickets) * config.tracking.enabled,
         precisions=tuple(sorted({worker.device.rpartition(" ")[2] for worker in workers if " " in worker.device})),
         prepared=Prepared.of(rows.record.config),
+        fidelity=None if config.fidelity is None else FidelityStatus.of(tickets),
     )
 
 
@@ -209,6 +213,8 @@ def epochs_enough(rows: StudyRows, config: StudyConfig) -> ShortAgainstFull:
 def status_view(status: StudyStatus, curves: ShortAgainstFull, now: datetime) -> RenderableType:
     """What `status` prints: the live view, when it will be done, and what the curves say."""
     lines = [f"short against full: {curves.line()}"] if curves.trials else []
+    if status.fidelity is not None:
+        lines.append(status.fidelity.line())
     if status.eta_seconds is not None and not status.finished:
         done = datetime.fromtimestamp(now.timestamp() + status.eta_seconds, now.tzinfo)
         lines.insert(0, f"at this pace it is done {done:%a %Y-%m-%d %H:%M %Z}".rstrip())

@@ -401,6 +401,19 @@ class ObjectiveConfig(Section):
         return f"{terms} at the {self.at} epoch"
 
 
+class FidelityConfig(Section):
+    """A cheap training that every trial has to pass before the full one, with the first layers frozen."""
+
+    freeze: Annotated[Whole, Field(ge=1, le=24)] = 10
+    """Layers 0 to freeze - 1 keep the start weights; 10 is the backbone."""
+    epochs: Annotated[Whole, Field(ge=1)]
+    """Length of this training; its learning rate falls to its end within them."""
+    reduction_factor: Annotated[Whole, Field(ge=2)] = 3
+    """Of all that have a value by then, the best 1/reduction_factor go on to the full training."""
+    freeze_bn: StrictBool = True
+    """The frozen layers keep their BatchNorm statistics, so that one copy of them serves all slots of a pack."""
+
+
 class TrackingConfig(Section):
     """Where MLflow records."""
 

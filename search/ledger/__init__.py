@@ -1,7 +1,7 @@
 """The ledger: our own tables beside Optuna's, and the only truth of a trial's state."""
 
 from search.ledger.claims import MAX_STALLED
-from search.ledger.ledger import Ledger, TrialTakenError
+from search.ledger.ledger import SEARCH, Ledger, TrialTakenError
 from search.ledger.records import (
     EpochRow,
     StateCount,
@@ -15,6 +15,7 @@ from search.ledger.records import (
 
 __all__ = [
     "MAX_STALLED",
+    "SEARCH",
     "EpochRow",
     "Ledger",
     "StateCount",

@@ -10,7 +10,7 @@ from sqlalchemy.exc import IntegrityError
 
 from search.database import READ_ONLY, check_study_name, database_errors, retry
 from search.errors import DatabaseError, StudyConflictError, UserInputError
-from search.ledger import claims, schema
+from search.ledger import claims, rungs, schema
 from search.ledger.records import EpochRow, StateCount, StudyRecord, Ticket, TicketState, WorkerRow, WorkerState
 from search.ledger.rows import (
     TICKET_COLUMNS,
@@ -28,7 +28,7 @@ from search.ledger.rows import (
     update_held,
     worker_of,
 )
-from search.ledger.tables import epoch_table, study_table, ticket_table, worker_table
+from search.ledger.tables import epoch_table, fidelity_table, study_table, ticket_table, worker_table
 
 SEARCH = "search"
 FINAL = tuple(state for state in TicketState if state.is_final)
@@ -226,7 +226,8 @@ class Ledger:
             if live and not force:
                 raise StudyConflictError(_still_running(name, live, now))
             of_study = sa.select(columns.id).where(columns.study == name)
-            connection.execute(sa.delete(epoch_table).where(epoch_table.c.ticket_id.in_(of_study)))
+            for reports in (epoch_table, fidelity_table):
+                connection.execute(sa.delete(reports).where(reports.c.ticket_id.in_(of_study)))
             for table in (ticket_table, worker_table):
                 connection.execute(sa.delete(table).where(table.c.study == name))
             connection.execute(sa.delete(study_table).where(study_table.c.name == name))
@@ -519,6 +520,38 @@ class Ledger:
 
         return self._write(finish)
 
+    # -- the cheap training before the full one -----------------------------------------------------------------------
+
+    def record_fidelity(
+        self, ticket: Ticket, epoch: int, value: float | None, metrics: Mapping[str, float], *, is_last: bool
+    ) -> EpochRow:
+        """As `record_epoch`, for the cheap training; the last epoch's value becomes the ticket's `fidelity_value`."""
+        return self._write(
+            lambda connection: rungs.record(connection, ticket, epoch, value, metrics, None, is_last=is_last)
+        )
+
+    def settle_fidelity(self, ticket: Ticket, promote: rungs.Promote) -> Ticket:
+        """Decides once whether a trial goes on to the full training; one that does is back in the queue, uncharged.
+
+        Returns:
+            The ticket as it is now: WAITING and promoted, or still held and not promoted.
+
+        Raises:
+            LeaseLostError: the ticket is no longer held.
+        """
+        return self._write(lambda connection: rungs.settle(connection, ticket, promote))
+
+    def fidelity_reports(self, ticket_id: int) -> tuple[EpochRow, ...]:
+        """The evaluated epochs of a ticket's cheap training, in order."""
+        return self._read(lambda connection: rungs.read(connection, ticket_id))
+
+    def waiting_promoted(self, study: str) -> int:
+        """How many trials have passed the cheap training and wait for the full one."""
+        columns = ticket_table.c
+        waiting = (columns.study == study) & (columns.state == TicketState.WAITING) & columns.promoted.is_(True)
+        query = sa.select(sa.func.count()).where(waiting)
+        return int(self._read(lambda connection: connection.execute(query).scalar_one()))
+
     # -- reading ------------------------------------------------------------------------------------------------------
 
     def ticket(self, ticket_id: int) -> Ticket:
@@ -644,7 +677,8 @@ class Ledger:
         """How many trials wait for a pack that they fit into: proposed already, and not trained yet."""
         columns = ticket_table.c
         waiting = (columns.study == study) & (columns.state == TicketState.WAITING)
-        query = sa.select(sa.func.count()).where(waiting & columns.trial_id.is_not(None) & (columns.epochs_done == 0))
+        unfit = columns.trial_id.is_not(None) & (columns.epochs_done == 0) & columns.promoted.is_not(True)
+        query = sa.select(sa.func.count()).where(waiting & unfit)
         return int(self._read(lambda connection: connection.execute(query).scalar_one()))
 
     def progress(self, study: str) -> int:

@@ -70,6 +70,10 @@ class Ticket:
     finished: float | None
     retry_of: int | None = None
     """Number of the failed ticket that this one gives another chance."""
+    fidelity_value: float | None = None
+    """The objective after the cheap training, in studies that have one; None if it was not finite."""
+    promoted: bool | None = None
+    """Whether the cheap training led to the full one; None as long as that is open."""
 
 
 def base_numbers(tickets: Iterable[Ticket]) -> frozenset[int]:

@@ -113,6 +113,9 @@ ticket_table = sa.Table(
     sa.Column("finished", sa.Double),
     # Number of the failed ticket that this one gives another chance.
     sa.Column("retry_of", sa.Integer),
+    # Of the cheap training before the full one, and whether it led to that; NULL as long as that is open.
+    sa.Column("fidelity_value", sa.Double),
+    sa.Column("promoted", sa.Boolean(create_constraint=False)),
     # The claim (or the addition) that wrote this row last; see study_table.c.token.
     sa.Column("token", sa.String(32), nullable=False),
     sa.UniqueConstraint("study", "kind", "number"),
@@ -137,6 +140,17 @@ epoch_table = sa.Table(
     sa.Column("metrics", StrictJson, nullable=False),
     sa.Column("stored_at", sa.Double, nullable=False),
     sa.Column("prune", sa.Boolean(create_constraint=False)),
+)
+
+fidelity_table = sa.Table(
+    f"{PREFIX}fidelity",
+    metadata,
+    sa.Column("ticket_id", sa.Integer, sa.ForeignKey(ticket_table.c.id), primary_key=True),
+    sa.Column("epoch", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("attempt", sa.Integer, nullable=False),
+    sa.Column("value", sa.Double),
+    sa.Column("metrics", StrictJson, nullable=False),
+    sa.Column("stored_at", sa.Double, nullable=False),
 )
 
 worker_table = sa.Table(

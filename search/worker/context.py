@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import optuna
 
 from search.config import StudyConfig
+from search.fidelity import fidelity_train_config
 from search.ledger import Ledger
 from search.paths import StudyFolder
 from search.worker.existing import HANG_SECONDS
@@ -42,6 +43,7 @@ class WorkerContext:
             checkpoints=self.checkpoints,
             owner=self.owner,
             objective=self.config.objective,
+            fidelity=fidelity_train_config(self.config, self.train),
             class_names=self.class_names,
             keep_weights=self.config.train.keep_weights != "none",
         )

@@ -35,6 +35,8 @@ class StartPack:
     """Supervisor to trainer: train these together."""
 
     trials: tuple[TrialStart, ...]
+    in_fidelity: bool = False
+    """Whether this is the cheap training before the full one; it keeps no checkpoints and no weights."""
 
 
 @dataclass(frozen=True, slots=True)

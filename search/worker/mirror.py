@@ -20,6 +20,7 @@ import optuna
 
 from search.database import init_lock
 from search.errors import LeaseLostError
+from search.fidelity import spearman, value_pairs
 from search.ledger import EpochRow, Ledger, Ticket, TicketState
 from search.space import hyperparameters
 from search.study import tell
@@ -57,6 +58,7 @@ class Mirror:
         self._queue: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._closing = threading.Event()
         self._sent: dict[int, int] = {}
+        self._sent_fidelity: dict[int, int] = {}
         self._shown: dict[int, TicketState] = {}
         self._summary: str | None = None
         self._gallery = Gallery(ledger, tracker, context)
@@ -104,6 +106,8 @@ class Mirror:
 
     def _sync_run(self, ticket: Ticket) -> None:
         run_id = self._run_of(ticket)
+        if self._context.config.fidelity is not None:
+            self._sync_fidelity(run_id, ticket)
         rows = self._ledger.reports(ticket.id)
         unsent = [row for row in rows if row.epoch > self._sent.get(ticket.id, -1)]
         if unsent:
@@ -116,6 +120,16 @@ class Mirror:
             # Last: a run whose state says FINISHED has everything in it.
             self._tracker.set_state(run_id, TRACKED_STATES[ticket.state], ticket.reason, ticket.finished)
             self._shown[ticket.id] = ticket.state
+
+    def _sync_fidelity(self, run_id: str, ticket: Ticket) -> None:
+        """The cheap training's epochs are metrics of their own, whose steps do not meet those of the full one."""
+        rows = self._ledger.fidelity_reports(ticket.id)
+        unsent = [row for row in rows if row.epoch > self._sent_fidelity.get(ticket.id, -1)]
+        if unsent:
+            tracked = [self._tracked(row) for row in unsent]
+            named = [(epoch, {f"fidelity/{k}": v for k, v in metrics.items()}, at) for epoch, metrics, at in tracked]
+            self._tracker.log_epochs(run_id, named)
+            self._sent_fidelity[ticket.id] = unsent[-1].epoch
 
     def _run_of(self, ticket: Ticket) -> str:
         if ticket.run_id is not None:
@@ -149,6 +163,8 @@ class Mirror:
         tags = {"yolosearch.attempts": str(ticket.attempt)}
         if ticket.value is not None:
             tags["yolosearch.value"] = f"{ticket.value:.6g}"
+        if ticket.fidelity_value is not None:
+            tags["yolosearch.fidelity_value"] = f"{ticket.fidelity_value:.6g}"
         return tags
 
     def _log_files(self, run_id: str, ticket: Ticket, rows: Sequence[EpochRow]) -> None:
@@ -184,8 +200,18 @@ class Mirror:
         best = self._ledger.best_value(ticket.study, until=ticket.finished)
         if best is not None:
             self._tracker.log_epochs(summary, [(ticket.trial_number, {"best/objective": best}, ticket.finished)])
+        if self._context.config.fidelity is not None:
+            self._log_correlation(summary, ticket.trial_number, ticket.finished)
         if not any(self._ledger.open_counts(ticket.study).values()):
             self._close_summary(summary, self._ledger.counts(ticket.study))
+
+    def _log_correlation(self, run_id: str, trial_number: int, until: float) -> None:
+        """How the ranks after the cheap training and after the full one went together when a trial ended."""
+        pairs = value_pairs(self._ledger.tickets(self._context.record.name), until)
+        correlation = spearman(pairs)
+        if correlation is not None:
+            point = {"fidelity/rank_correlation": correlation, "fidelity/pairs": float(len(pairs))}
+            self._tracker.log_epochs(run_id, [(trial_number, point, until)])
 
     def _close_summary(self, run_id: str, counts: Mapping[TicketState, int]) -> None:
         tags = {f"yolosearch.trials.{state.lower()}": str(count) for state, count in counts.items()}

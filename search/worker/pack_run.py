@@ -57,6 +57,9 @@ class PackRun:
         total: How many tickets ever were in it.
     """
 
+    in_fidelity = False
+    """Whether this is the cheap training before the full one."""
+
     def __init__(
         self,
         context: WorkerContext,
@@ -88,7 +91,8 @@ class PackRun:
             PackCrashedError: Something in the pack raised.
             UserInputError: Data, weights or device cannot be used; no trial is to blame.
         """
-        self._trainer.send(StartPack(tuple(self._start(ticket) for ticket in self.alive.values())))
+        starts = tuple(self._start(ticket) for ticket in self.alive.values())
+        self._trainer.send(StartPack(starts, self.in_fidelity))
         while not isinstance(message := self._trainer.receive(), PackEnded):
             match message:
                 case Standing():

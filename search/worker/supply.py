@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 
 from search.errors import LeaseLostError, StudyStoppedError
+from search.fidelity import in_fidelity
 from search.ledger import MAX_STALLED, Ticket
 from search.space import PackKey, pack_key, packs_by_value
 from search.worker.context import WorkerContext
@@ -48,8 +49,11 @@ class Supply:
         self._is_over = is_over
         self._check = check
         self._claimed: dict[int, Ticket] = {}
-        self._key: PackKey | None = None
-        """What the trials of the pack have to agree in; None where anything goes."""
+        self._group: tuple[bool, PackKey] | None = None
+        """What the trials of the pack have to agree in: whether they are in the first fidelity, and what they share;
+        None where anything goes."""
+        self._limit = 0
+        """The most trials that the pack may have."""
 
     def first(self, limit: int) -> tuple[Ticket, ...]:
         """Tickets with their trials, for a new pack; none if there are none or it is over.
@@ -57,15 +61,15 @@ class Supply:
         Raises:
             StudyStoppedError: The study gives out no more tickets.
         """
-        self._key = None
+        self._group, self._limit = None, limit
         if self._is_over():
             return ()
-        if not packs_by_value(self._config):
+        if not packs_by_value(self._config) and self._config.fidelity is None:
             return self._with_trials(self._claim(limit, joining=False))
         first = self._with_trials(self._claim(1, joining=False))
         if not first or first[0].stalled_attempts >= MAX_STALLED - 1:
             return first
-        self._key = self._key_of(first[0])
+        self._group = self._group_of(first[0])
         return (*first, *self._fitting(limit - 1))
 
     def more(self, limit: int) -> tuple[Ticket, ...]:
@@ -75,8 +79,8 @@ class Supply:
         # A pack that is refilled may last as long as the study: the dead have to be looked for in between.
         release_dead_neighbours(self._ledger, self._config.name)
         try:
-            if self._key is not None:
-                return self._fitting(limit)
+            if self._group is not None:
+                return () if self._full_pack_waits() else self._fitting(limit)
             return self._with_trials(self._claim(limit, joining=True))
         except StudyStoppedError as error:
             logger.warning("no more trials join: %s", error)
@@ -88,7 +92,7 @@ class Supply:
         A trial that does not fit is parked: it goes back with its parameters and waits for a pack of its own kind.
         """
         found = [*self._with_trials(self._claim(limit, joining=True, accept=self._fits))]
-        for _ in range(limit - len(found)):
+        for _ in range(limit - len(found) if self._takes_proposals() else 0):
             if self._ledger.parked(self._config.name) >= PARKED_TRIALS:
                 break
             asked = self._with_trials(self._claim(1, joining=True, accept=_has_no_trial))
@@ -99,10 +103,24 @@ class Supply:
         return tuple(found)
 
     def _fits(self, ticket: Ticket) -> bool:
-        return ticket.params is not None and self._key_of(ticket) == self._key
+        if packs_by_value(self._config) and ticket.params is None:
+            return False
+        return self._group_of(ticket) == self._group
 
-    def _key_of(self, ticket: Ticket) -> PackKey:
-        return pack_key(self._config, ticket.params or {})
+    def _group_of(self, ticket: Ticket) -> tuple[bool, PackKey]:
+        key = pack_key(self._config, ticket.params or {}) if packs_by_value(self._config) else ()
+        return in_fidelity(self._config, ticket), key
+
+    def _takes_proposals(self) -> bool:
+        """Whether the pack has to look at new proposals one by one; new trials begin in the first fidelity."""
+        fresh = self._config.fidelity is not None
+        return packs_by_value(self._config) and self._group is not None and self._group[0] == fresh
+
+    def _full_pack_waits(self) -> bool:
+        """Whether the first fidelity has found enough for now: a search learns from full trainings."""
+        if self._group is None or not self._group[0]:
+            return False
+        return self._ledger.waiting_promoted(self._config.name) >= self._limit
 
     def hand_back(self, tickets: Sequence[Ticket] | None = None) -> None:
         """Gives back those that are still ours and not finished, uncharged, at their last checkpoint.

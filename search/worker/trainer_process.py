@@ -70,6 +70,8 @@ class TrainerSettings:
     """Tells this study's checkpoints from those of an earlier one of the same name."""
     objective: ObjectiveConfig
     class_names: tuple[str, ...]
+    fidelity: TrainConfig | None = None
+    """How the cheap training goes that comes before the full one, if the study has one."""
     keep_weights: bool = True
     """Whether the weights of the epochs that give trials their values are stored."""
 
@@ -133,6 +135,7 @@ class _Trainer:
         self._store = settings.open_checkpoints()
         self._weights = WeightsStore(self._store.place, settings.folder.study)
         self._data: TrainingData | None = None
+        self._in_fidelity = False
         self._trials: dict[str, _Trial] = {}
         self._started = False
         self._alive_at = 0.0
@@ -152,7 +155,8 @@ class _Trainer:
         """Trains until the supervisor closes the pipe."""
         while True:
             match self._connection.recv():
-                case StartPack(trials):
+                case StartPack(trials, in_fidelity):
+                    self._in_fidelity = in_fidelity
                     self._send(self._guarded(partial(self._train, trials), PackEnded()))
                 case MeasureCapacity() as task:
                     self._send(self._guarded(partial(self._measure, task), Measured()))
@@ -192,8 +196,9 @@ class _Trainer:
         self._started = False
         with self._pulse():
             data = self._training_data(trials[0].hyperparameters)
+        fidelity = self._settings.fidelity if self._in_fidelity else None
         trainer = PackTrainer(
-            self._settings.train,
+            fidelity or self._settings.train,
             self._admit(trials),
             on_batch=self._on_batch,
             on_evaluation_batch=self._tell_alive,
@@ -202,11 +207,13 @@ class _Trainer:
         self._started = True
         while not trainer.finished:
             reports = trainer.run_epoch()
-            self._keep_weights(trainer, reports)
+            if not self._in_fidelity:
+                self._keep_weights(trainer, reports)
             self._send(EpochDone(tuple(reports)))
             self._owed += 1
             self._obey(trainer)
-            self._secure(trainer)
+            if not self._in_fidelity:
+                self._secure(trainer)
 
     def _admit(self, trials: Sequence[TrialStart]) -> list[SlotStart]:
         """Loads the checkpoints of trials that enter the pack, and says where each really stands."""

@@ -9,11 +9,13 @@ from contextlib import closing
 from functools import partial
 
 from search.errors import LeaseLostError, StudyStoppedError
+from search.fidelity import in_fidelity
 from search.ledger import MAX_STALLED, Ticket, TicketState
 from search.space import pack_limit
 from search.study import orphans, tell
 from search.worker.capacity import is_measured, largest_useful, measured_limit
 from search.worker.context import WorkerContext
+from search.worker.fidelity_run import FidelityRun
 from search.worker.host import release_dead_neighbours
 from search.worker.lease import LeaseKeeper
 from search.worker.mirror import Mirror
@@ -148,7 +150,8 @@ class Worker:
         """Trains one pack; a pack that crashes is retried trial by trial, so that the guilty one fails alone."""
         if not tickets:
             return
-        run = PackRun(self._context, self._mirror, self._leases, self._trainer, self._store, tickets, refill)
+        kind = FidelityRun if in_fidelity(self._config, tickets[0]) else PackRun
+        run = kind(self._context, self._mirror, self._leases, self._trainer, self._store, tickets, refill)
         try:
             run.train()
             return
