@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from search.launch.speed import earlier_speed, measure_speed
 from search.ledger import Ledger, StudyRecord
 from search.paths import StudyFolder
 from search.prepared import Prepared
+from search.settings import FidelityConfig
 from search.space import base_params, grid_points, pack_limit
 from search.study import AskedTrial, check_sampler, create_study, open_storage
 from search.worker.existing import refuse_shared_database
@@ -218,6 +220,8 @@ def _notices(config: StudyConfig, dataset: DatasetConfig, splits: dict[str, Spli
         yield f"data: no training labels of {', '.join(missing)}"
     if config.train.freeze and config.train.weights is None:
         yield "train.freeze: without train.weights the frozen layers keep random weights"
+    if config.fidelity is not None:
+        yield from _fidelity_notices(config, config.fidelity)
     patience = config.train.patience
     if 0 < patience < config.train.epochs and config.objective.at == "last":
         yield (
@@ -227,6 +231,14 @@ def _notices(config: StudyConfig, dataset: DatasetConfig, splits: dict[str, Spli
     yield from _step_notices(config, len(splits["train"].images))
     for split in splits.values():
         yield from split.problems[:5]
+
+
+def _fidelity_notices(config: StudyConfig, fidelity: FidelityConfig) -> Iterator[str]:
+    promoted = 1 + math.ceil((config.trials - 1) / fidelity.reduction_factor)
+    yield (
+        f"fidelity: every trial first trains {fidelity.epochs} epochs with {fidelity.freeze} layers frozen; about "
+        f"{promoted} of {config.trials} go on to the full training, and the cost counts as if all did"
+    )
 
 
 def _step_notices(config: StudyConfig, images: int) -> Iterator[str]:

@@ -15,6 +15,7 @@ from tiny import NAME, SignalWhen, TinyStudy, make_study, wait_for
 from search.database import make_engine
 from search.errors import LeaseLostError, StudyConfigError
 from search.fidelity import FidelityStatus, fidelity_train_config, is_promoted, spearman
+from search.launch.prepare import plan_study
 from search.ledger import Ledger, StudyRecord, TicketState
 from search.report import study_status
 from search.study import load_study, open_storage
@@ -115,6 +116,12 @@ def test_fidelity_train_config_differs_in_what_it_should(make: Callable[..., Tin
     assert cheap is not None
     assert (cheap.freeze, cheap.freeze_bn, cheap.epochs, cheap.eval_every) == (10, True, 1, 1)
     assert (cheap.weights, cheap.batch_size, cheap.seed) == (full.weights, full.batch_size, full.seed)
+
+
+def test_plan_study_with_fidelity_says_how_many_will_go_on(make: Callable[..., TinyStudy]) -> None:
+    study = make(trials=10)
+    notices = plan_study(study.config, study.storage_url, study.runs).notices
+    assert any("about 4 of 10 go on to the full training" in notice for notice in notices)
 
 
 # ---- the ledger ------------------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from torch import Tensor
 from yolocore.errors import TrainingError
 from yolocore.hyperparameters import Hyperparameters
 from yolocore.model import ANCHORS_KEY, YOLOv5, initial_state
+from yolocore.model.trunk import Trunk
 from yolocore.training.config import TrainConfig
 from yolocore.training.optim import Clock
 from yolocore.training.pack import Pack, PackSlot, fresh_state
@@ -447,20 +448,24 @@ class FakeCudaPack(Pack):
     """A pack whose fake model is made on the device: `Module.to` cannot move fake parameters."""
 
     def _stack(self, weights: Sequence[dict[str, Tensor]]) -> YOLOv5:
+        frozen = self.config.freeze
+        trunk = Trunk(frozen, (0,) * len(weights)) if frozen else None
         with torch.device("cuda"):
-            return YOLOv5(self.config.model, self.num_classes, len(weights))
+            model = YOLOv5(self.config.model, self.num_classes, len(weights), trunk=trunk)
+        model.model[:frozen].requires_grad_(False)
+        return model
 
 
 @pytest.mark.filterwarnings("ignore:CUDA is not available")
-@pytest.mark.parametrize(("optimizer", "precision"), [("SGD", "fp32"), ("AdamW", "fp16")])
-def test_pack_step_of_four_slots_on_fake_cuda_never_copies_or_waits(optimizer, precision) -> None:
+@pytest.mark.parametrize(("optimizer", "precision", "freeze"), [("SGD", "fp32", 0), ("AdamW", "fp16", 10)])
+def test_pack_step_of_four_slots_on_fake_cuda_never_copies_or_waits(optimizer, precision, freeze) -> None:
     state = {name: t for name, t in initial_state("n", 3, seed=1).items() if name != ANCHORS_KEY}
 
     def build() -> tuple[Pack, Tensor, Tensor]:
         weights = {name: torch.zeros(t.shape, dtype=t.dtype, device="cuda") for name, t in state.items()}
         slots = [PackSlot(f"t{i}", hyp, fresh_state(weights)) for i, hyp in enumerate(HYPS)]
         pack = FakeCudaPack(
-            config(optimizer=optimizer, autobalance=True),
+            config(optimizer=optimizer, autobalance=True, freeze=freeze),
             slots,
             num_classes=3,
             batches_per_epoch=BATCHES,
