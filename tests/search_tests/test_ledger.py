@@ -767,6 +767,7 @@ def test_initialise_makes_what_the_tables_say(empty: Ledger, engine: Engine) -> 
     assert tables == {
         "yolosearch_alembic_version",
         "yolosearch_epoch",
+        "yolosearch_fidelity",
         "yolosearch_study",
         "yolosearch_ticket",
         "yolosearch_worker",
@@ -956,7 +957,9 @@ def test_initialise_upgrades_the_first_schema_and_keeps_its_rows(ledger: Ledger,
     with engine.begin() as connection:
         for columns in ("study_kind_retry_of", "study_state_finished", "study_state_value"):
             connection.execute(sa.text(f"DROP INDEX ix_yolosearch_ticket_{columns}"))
-        connection.execute(sa.text("ALTER TABLE yolosearch_ticket DROP COLUMN retry_of"))
+        for column in ("retry_of", "fidelity_value", "promoted"):
+            connection.execute(sa.text(f"ALTER TABLE yolosearch_ticket DROP COLUMN {column}"))
+        connection.execute(sa.text("DROP TABLE yolosearch_fidelity"))
         connection.execute(sa.text("ALTER TABLE yolosearch_worker DROP COLUMN pack"))
         connection.execute(sa.text("UPDATE yolosearch_alembic_version SET version_num = '0001'"))
     with pytest.raises(DatabaseError, match="ledger schema 0001 of an older yolosearch; `yolosearch run`"):
