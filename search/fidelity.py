@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from search.config import StudyConfig
 from search.ledger import SEARCH, Ticket, TicketState
+from search.settings import FidelityConfig
 
 if TYPE_CHECKING:
     from yolocore.training.config import TrainConfig
@@ -53,6 +54,8 @@ class FidelityStatus:
 
     valued: int
     """Trials that have its value."""
+    epochs: int
+    """Epochs that they trained in it together; no part of the study's `slot_epochs`."""
     promoted: int
     """Of these, those that went on to the full training."""
     pairs: int
@@ -61,12 +64,13 @@ class FidelityStatus:
     """Spearman's rank correlation of the two values over the pairs; None for fewer than three, or without a spread."""
 
     @classmethod
-    def of(cls, tickets: Sequence[Ticket]) -> FidelityStatus:
+    def of(cls, tickets: Sequence[Ticket], fidelity: FidelityConfig) -> FidelityStatus:
         """Sums up a study's tickets."""
         valued = [ticket for ticket in tickets if ticket.fidelity_value is not None]
         pairs = value_pairs(valued)
         return cls(
             valued=len(valued),
+            epochs=len(valued) * fidelity.epochs,
             promoted=sum(bool(ticket.promoted) for ticket in valued),
             pairs=len(pairs),
             correlation=spearman(pairs),
@@ -74,7 +78,7 @@ class FidelityStatus:
 
     def line(self) -> str:
         """For people."""
-        parts = [f"fidelity: {self.valued} trials, {self.promoted} promoted"]
+        parts = [f"fidelity: {self.valued} trials ({self.epochs} epochs), {self.promoted} promoted"]
         if self.correlation is not None:
             parts.append(f"rank correlation with the full training {self.correlation:.2f} over {self.pairs} trials")
         return ", ".join(parts)

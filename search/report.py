@@ -139,7 +139,7 @@ def sum_up(rows: StudyRows, config: StudyConfig) -> StudyStatus:
         unsent=sum(ticket.state.is_final and not ticket.mirrored for ticket in tickets) * config.tracking.enabled,
         precisions=tuple(sorted({worker.device.rpartition(" ")[2] for worker in workers if " " in worker.device})),
         prepared=Prepared.of(rows.record.config),
-        fidelity=None if config.fidelity is None else FidelityStatus.of(tickets),
+        fidelity=None if config.fidelity is None else FidelityStatus.of(tickets, config.fidelity),
     )
 
 

@@ -18,6 +18,7 @@ from search.fidelity import FidelityStatus, fidelity_train_config, is_promoted, 
 from search.launch.prepare import plan_study
 from search.ledger import Ledger, StudyRecord, TicketState
 from search.report import study_status
+from search.settings import FidelityConfig
 from search.study import load_study, open_storage
 from search.worker.linking import link_trial
 from yolocore.checkpoint import save_weights
@@ -222,10 +223,10 @@ def test_run_worker_fidelity_status_counts_trials_and_pairs(make: Callable[..., 
     study.work()
     tickets = study.tickets()
     found = study_status(study.ledger, study.config)
-    assert found.fidelity == FidelityStatus.of(tickets)
+    assert found.fidelity == FidelityStatus.of(tickets, FidelityConfig.model_validate(FIDELITY))
     assert found.fidelity is not None
     assert (found.fidelity.valued, found.fidelity.promoted, found.fidelity.pairs) == (3, 3, 3)
-    assert found.fidelity.line().startswith("fidelity: 3 trials, 3 promoted")
+    assert found.fidelity.line().startswith("fidelity: 3 trials (3 epochs), 3 promoted")
     assert json.loads(json.dumps(found.to_json()))["fidelity"]["pairs"] == 3
 
 
