@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from search.config import StudyConfig, load_study_config, parse_study
 from search.database import check_study_name, mask_url, resolve_storage_url
 from search.errors import SearchError, StudyStoppedError, UserInputError
-from search.ledger import Ledger, Ticket
+from search.ledger import KINDS, Ledger, Ticket
 from search.paths import StudyFolder, default_runs_dir
 from search.report import StudyRows, StudyStatus, headline, study_status
 from search.snapshot import Snapshot, take_snapshot
@@ -182,7 +182,7 @@ class Study:
     @property
     def has_work(self) -> bool:
         """Whether trials wait or run, or records are to be sent."""
-        return any(self.ledger.open_counts(self.name).values()) or bool(self.ledger.unmirrored(self.name))
+        return any(self.ledger.open_counts(self.name, KINDS).values()) or bool(self.ledger.unmirrored(self.name))
 
     def _look_after(self, launcher: Launcher, progress: Callable[[str], object] | None) -> None:
         shown = ""

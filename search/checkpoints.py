@@ -10,6 +10,7 @@ torch and fsspec are imported where they are used: commands that only list or de
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import re
@@ -85,7 +86,7 @@ class CheckpointStore:
       the ledger's `save_progress` (which a stale attempt does not survive), then `keep_latest`.
     """
 
-    def __init__(self, root: str | Path, study: str, *, owner: str = "") -> None:
+    def __init__(self, root: str | Path, study: str, *, owner: str = "", kind: str = "search") -> None:
         """Opens the store; writes nothing.
 
         Args:
@@ -93,14 +94,22 @@ class CheckpointStore:
             study: Name of the study; its checkpoints lie below `<root>/<study>/trials`.
             owner: Tells this study from an earlier one of the same name, for example by its time of creation. A
                 checkpoint of another owner is not used.
+            kind: Of the tickets; each kind has numbers of its own, and a folder.
 
         Raises:
             UserInputError: The URL's protocol is unknown, or its back end is not installed (naming the extra).
         """
         self.layout = StudyFolder(Path(), check_study_name(study))
         self._owner = owner
+        self._kind = kind
         self.place = open_place(root)
         """The files below the root."""
+
+    def of_kind(self, kind: str) -> CheckpointStore:
+        """The store of this study's tickets of another kind."""
+        other = copy.copy(self)
+        other._kind = kind
+        return other
 
     @property
     def is_local(self) -> bool:
@@ -212,14 +221,14 @@ class CheckpointStore:
     def _identity(self, ticket_number: int, attempt: int, epochs_done: int) -> dict[str, int | str]:
         return {
             "format": _FORMAT,
-            "owner": self._owner,
+            "owner": self._owner if self._kind == "search" else f"{self._owner}/{self._kind}",
             "ticket": ticket_number,
             "attempt": attempt,
             "epochs_done": epochs_done,
         }
 
     def _folder(self, ticket_number: int) -> PurePosixPath:
-        return PurePosixPath(self.layout.trial(ticket_number).as_posix())
+        return PurePosixPath(self.layout.trial(ticket_number, self._kind).as_posix())
 
     def _candidates(self, ticket_number: int, epochs_done: int, reference: str | None) -> Iterator[StoredCheckpoint]:
         named = _parse(PurePosixPath(reference or "").name, 0)

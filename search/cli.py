@@ -17,7 +17,17 @@ from typing import Annotated
 import typer
 from rich.logging import RichHandler
 
-from search import cli_dashboard, cli_data, cli_doctor, cli_init, cli_launch, cli_report, cli_studies, cli_watch
+from search import (
+    cli_confirm,
+    cli_dashboard,
+    cli_data,
+    cli_doctor,
+    cli_init,
+    cli_launch,
+    cli_report,
+    cli_studies,
+    cli_watch,
+)
 from search.cli_common import (
     AsJson,
     Checkpoints,
@@ -150,6 +160,7 @@ def create(study: StudyFile, trials: MoreTrials = None, storage: Storage = None,
 
 
 app.add_typer(cli_launch.app)
+app.add_typer(cli_confirm.app)
 app.add_typer(cli_watch.app)
 
 
@@ -193,12 +204,15 @@ def export(
             metavar="FILE", help="Also write that trial's trained weights: .safetensors, or .pt (state dict)."
         ),
     ] = None,
+    trial: Annotated[int | None, typer.Option(help="Write this trial's, whatever was confirmed.")] = None,
     checkpoints: Checkpoints = None,
     storage: Storage = None,
     runs_dir: RunsDir = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write the best trial's hyp as YAML for YOLOv5's train.py --hyp.
+    """Write a hyp YAML for YOLOv5's train.py --hyp: the confirmed winner's, or the best trial's, unconfirmed.
+
+    Where a confirmation found no winner, the base's.
 
     Example: yolosearch export quickstart -o hyp.yaml --weights best.safetensors
     """
@@ -206,13 +220,17 @@ def export(
     from search.weights import WeightsStore
 
     ledger, config, _ = read_study(study, storage, runs_dir)
-    path = export_hyp(ledger, config, output, runs_dir)
+    exported = export_hyp(ledger, config, output, runs_dir, trial)
     if weights is not None:
-        export_weights(ledger, config, WeightsStore.open(checkpoints or runs_folder(runs_dir), config.name), weights)
+        store = WeightsStore.open(checkpoints or runs_folder(runs_dir), config.name)
+        export_weights(ledger, config, store, weights, exported.best.ticket)
     if as_json:
-        print_json({"study": config.name, "path": str(path), **({} if weights is None else {"weights": str(weights)})})
+        best = {"study": config.name, "path": str(exported.path), "trial": exported.best.trial_number}
+        print_json({**best, "verdict": exported.best.verdict, **({} if weights is None else {"weights": str(weights)})})
         return
-    print_line(f"best hyp: {path}")
+    if exported.best.verdict is not None:
+        print_line(exported.best.verdict)
+    print_line(f"best hyp: {exported.path}")
     if weights is not None:
         print_line(f"its weights: {weights}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,6 +22,7 @@ from search.tracking import mask_secrets
 from search.worker.existing import open_existing, refuse_shared_database
 
 if TYPE_CHECKING:
+    from search.export import BestTrial
     from search.launch.prepare import StudyPlan
 
 out = Console()
@@ -120,12 +122,23 @@ def more_trials(text: str | None) -> int:
     return int(text)
 
 
-def export_hyp(ledger: Ledger, config: StudyConfig, path: Path | None, runs_dir: Path | None) -> Path:
-    """Writes the best trial's hyp, by default into the study's folder; its path."""
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """A hyp file that was written."""
+
+    path: Path
+    best: BestTrial
+
+
+def export_hyp(
+    ledger: Ledger, config: StudyConfig, path: Path | None, runs_dir: Path | None, trial: int | None = None
+) -> Exported:
+    """Writes the hyp of the confirmed winner, of the best trial, or of the one that is named; by default beside it."""
     from search.export import best_trial, export_best
 
     target = path or StudyFolder(runs_folder(runs_dir), config.name).best_hyp
-    return export_best(best_trial(ledger, config), target)
+    best = best_trial(ledger, config, trial)
+    return Exported(export_best(best, target), best)
 
 
 def print_plan(plan: StudyPlan) -> None:

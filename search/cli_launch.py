@@ -46,7 +46,7 @@ from search.errors import EXIT_INTERRUPTED, SearchError, StudyStoppedError, User
 from search.launch.launcher import Launcher
 from search.launch.local import LocalLauncher
 from search.launch.plan import LaunchPlan, choose_gpus, choose_workers
-from search.ledger import Ledger
+from search.ledger import CONFIRM, KINDS, NOISE, SEARCH, Ledger
 from search.paths import StudyFolder
 from search.report import StudyStatus, comparison_table, headline, study_status, trials_table
 from search.worker.existing import HANG_SECONDS, OUTAGE_SECONDS, open_existing
@@ -75,8 +75,16 @@ class Engine(StrEnum):
     RAY = "ray"
 
 
+class Kind(StrEnum):
+    """What `--only` takes."""
+
+    NOISE = NOISE
+    CONFIRM = CONFIRM
+    SEARCH = SEARCH
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Job:
+class Job:
     """A study that is in its database, ready to be worked on."""
 
     config: StudyConfig
@@ -86,9 +94,9 @@ class _Job:
     file: Path | None
     """The study file, if the user gave it."""
 
-    @property
-    def has_work(self) -> bool:
-        is_open = any(self.ledger.open_counts(self.config.name).values())
+    def has_work(self, kinds: tuple[str, ...] = KINDS) -> bool:
+        """Whether a worker that takes such tickets would find something to do."""
+        is_open = any(self.ledger.open_counts(self.config.name, kinds).values())
         return is_open or bool(self.ledger.unmirrored(self.config.name))
 
 
@@ -107,10 +115,10 @@ def run(
 
     Example: yolosearch run studies/quickstart.yaml
     """
-    job = _create(study, trials, storage, runs_folder(runs_dir), quiet=as_json)
-    plan = replace(_launch_plan(job), workers=workers, devices=tuple(device or ()), hang_seconds=hang)
-    if job.has_work:
-        _work(job, LocalLauncher(plan, job.ledger), TrialScreen(), quiet=as_json)
+    job = create_job(study, trials, storage, runs_folder(runs_dir), quiet=as_json)
+    plan = replace(launch_plan(job), workers=workers, devices=tuple(device or ()), hang_seconds=hang)
+    if job.has_work():
+        work(job, LocalLauncher(plan, job.ledger), TrialScreen(), quiet=as_json)
     _print_outcome(job, as_json, every_trial=True)
 
 
@@ -158,10 +166,10 @@ def launch(
     start = _on_ray(options, workers, gpus) if on is Engine.RAY else _on_this_host(options)
     runs = runs_folder(runs_dir)
     is_file = is_study_file(study)
-    job = _create(Path(study), None, storage, runs, as_json, data) if is_file else _existing(study, storage, runs)
+    job = create_job(Path(study), None, storage, runs, as_json, data) if is_file else existing_job(study, storage, runs)
     chosen = _gpus(gpus, job.config) if on is Engine.LOCAL else ()
     plan = replace(
-        _launch_plan(job),
+        launch_plan(job),
         workers=choose_workers(workers, len(chosen), per_gpu),
         gpus=chosen,
         per_gpu=per_gpu,
@@ -172,8 +180,8 @@ def launch(
         hang_seconds=hang,
         stop_seconds=stop_seconds,
     )
-    if job.has_work:
-        _work(job, start(plan, job.ledger), WorkerScreen(), quiet=as_json)
+    if job.has_work():
+        work(job, start(plan, job.ledger), WorkerScreen(), quiet=as_json)
     _print_outcome(job, as_json, every_trial=False)
 
 
@@ -190,6 +198,9 @@ def worker(
     stay_down: Annotated[
         bool, typer.Option("--stay-down", help="End with 0, not 2 or 3, where a restart would not help.")
     ] = False,
+    only: Annotated[
+        Kind | None, typer.Option(help="Take only tickets of this kind; default all, reruns first.")
+    ] = None,
     worker_id: Annotated[str | None, typer.Option(help="Unique name; default host, process and a random part.")] = None,
     parent: Annotated[int | None, typer.Option(hidden=True)] = None,
     storage: Storage = None,
@@ -217,6 +228,7 @@ def worker(
                 checkpoints=checkpoints,
                 hang_seconds=hang,
                 stop_seconds=stop_seconds,
+                kinds=KINDS if only is None else (only.value,),
             )
         )
     except (UserInputError, InputError, StudyStoppedError) as error:
@@ -224,14 +236,16 @@ def worker(
             raise
         print_error(error)
         return
-    out.print(f"{outcome.ended} trials ended here")
+    out.print(
+        f"{outcome.ended} trials ended here" if only in (None, Kind.SEARCH) else f"{outcome.ended} reruns ended here"
+    )
     if outcome.interrupted:
         raise typer.Exit(EXIT_INTERRUPTED)
 
 
-def _create(
+def create_job(
     study: Path, trials: str | None, storage: str | None, runs: Path, quiet: bool, data: Path | None = None
-) -> _Job:
+) -> Job:
     """The study of a file: created, or taken up again."""
     more = more_trials(trials)
     plan = plan_of(study, storage, runs, data)
@@ -244,19 +258,21 @@ def _create(
     return _job(plan.config.name, plan.storage_url, runs, study)
 
 
-def _existing(study: str, storage: str | None, runs: Path) -> _Job:
+def existing_job(study: str, storage: str | None, runs: Path) -> Job:
+    """A study that exists."""
     name = study_name(study)
     return _job(name, resolve_storage_url(storage, runs, name), runs, None)
 
 
-def _job(name: str, storage_url: str, runs: Path, file: Path | None) -> _Job:
+def _job(name: str, storage_url: str, runs: Path, file: Path | None) -> Job:
     ledger = open_existing(storage_url, name, patience=OUTAGE_SECONDS)
     ledger.check_schema()
     config = StudyConfig.from_json(ledger.study(name).config)
-    return _Job(config=config, storage_url=storage_url, folder=StudyFolder(runs, name), ledger=ledger, file=file)
+    return Job(config=config, storage_url=storage_url, folder=StudyFolder(runs, name), ledger=ledger, file=file)
 
 
-def _launch_plan(job: _Job) -> LaunchPlan:
+def launch_plan(job: Job) -> LaunchPlan:
+    """One worker on this host."""
     return LaunchPlan(storage_url=job.storage_url, folder=job.folder, timeout=job.config.timeout)
 
 
@@ -295,7 +311,7 @@ def _on_ray(
     return partial(launch_on_ray, address=options["--address"], share=share)
 
 
-def _work(job: _Job, launcher: Launcher, screen: Screen, *, quiet: bool) -> None:
+def work(job: Job, launcher: Launcher, screen: Screen, *, quiet: bool, kinds: tuple[str, ...] = KINDS) -> None:
     """Has workers work to their end, showing them; Ctrl-C hands the trials back and ends."""
     signal.signal(signal.SIGTERM, _interrupt)
     with launcher:
@@ -304,40 +320,39 @@ def _work(job: _Job, launcher: Launcher, screen: Screen, *, quiet: bool) -> None
         except KeyboardInterrupt:
             print_line(STOPPING, to=err)
             raise
-    _raise_failures(launcher, study_status(job.ledger, job.config))
+    status = study_status(job.ledger, job.config)
+    if SEARCH in kinds and status.stop_reason is not None:
+        raise StudyStoppedError(
+            f"study {status.study} stopped: {status.stop_reason}; `run` takes it up again once that is mended"
+        )
+    if launcher.failures and any(job.ledger.open_counts(job.config.name, kinds).values()):
+        failure = "; ".join(launcher.failures)
+        raise UserInputError(failure) if launcher.bad_input else SearchError(failure)
 
 
 def _interrupt(_number: int, _frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def _raise_failures(launcher: Launcher, status: StudyStatus) -> None:
-    if status.stop_reason is not None:
-        raise StudyStoppedError(
-            f"study {status.study} stopped: {status.stop_reason}; `run` takes it up again once that is mended"
-        )
-    if launcher.failures and not status.finished:
-        failure = "; ".join(launcher.failures)
-        raise UserInputError(failure) if launcher.bad_input else SearchError(failure)
-
-
-def _print_outcome(job: _Job, as_json: bool, *, every_trial: bool) -> None:
+def _print_outcome(job: Job, as_json: bool, *, every_trial: bool) -> None:
     """The end: tables, the exported hyp and what to do next."""
     status = study_status(job.ledger, job.config)
-    path = None
+    exported = None
     if status.finished and status.best:
-        path = export_hyp(job.ledger, job.config, job.folder.best_hyp, job.folder.runs_dir)
+        exported = export_hyp(job.ledger, job.config, job.folder.best_hyp, job.folder.runs_dir)
     if as_json:
         print_json(status.to_json())
         return
     if every_trial:
         out.print(trials_table(status))
-    if path is None:
+    if exported is None:
         why = "no trial is complete" if status.finished else "the same command goes on with the trials that wait"
         print_line(f"{headline(status)} | nothing exported: {why}")
         return
     _print_comparison(job.config, status)
-    _print_next_steps(job, path)
+    if exported.best.verdict is not None:
+        print_line(exported.best.verdict)
+    _print_next_steps(job, exported.path)
 
 
 def _print_comparison(config: StudyConfig, status: StudyStatus) -> None:
@@ -355,7 +370,7 @@ def _command() -> str:
     return "yolosearch" if shutil.which("yolosearch") else sys.argv[0]
 
 
-def _print_next_steps(job: _Job, path: Path) -> None:
+def _print_next_steps(job: Job, path: Path) -> None:
     lines = [
         f"best hyp:        {path}",
         f"train with it:   python train.py --hyp {path} ...   (in your YOLOv5 checkout)",

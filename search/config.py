@@ -38,6 +38,7 @@ from search.settings import (
     GridSampler,
     HyperbandPruner,
     MedianPruner,
+    NoiseConfig,
     NonePruner,
     Nsga2Sampler,
     Number,
@@ -67,11 +68,14 @@ from yolocore.hyperparameters import HYPERPARAMETER_KEYS, IGNORED_KEYS, RANGES, 
 if TYPE_CHECKING:
     from yolocore.training.config import TrainConfig
 
-BUDGET_KEYS = frozenset({"trials", "timeout"})
+BUDGET_KEYS = frozenset({"trials", "timeout", "noise.seeds"})
 """What may change when a study is resumed."""
 
 FORMER_DEFAULTS: Mapping[str, object] = {"pack": 4, "workers": 0, "patience": 0}
 """What keys of `train` that a study file left out once stood for; 0 is what trainings did before there was patience."""
+
+MOST_RERUN_SEEDS = 1000
+"""More are not worth training."""
 
 STUDY_WIDE_KEYS = frozenset({"pack", "autoanchor", "keep_weights"})
 """Keys of `train` that are settled before a training starts."""
@@ -136,6 +140,8 @@ class StudyConfig(Section):
     """What is maximised."""
     max_failures_in_a_row: Annotated[Whole, Field(ge=1)] = 5
     """The study stops after so many failed trials in a row."""
+    noise: NoiseConfig = NoiseConfig()
+    """Reruns of the base, to know what a difference is worth."""
     tracking: TrackingConfig = TrackingConfig()
     """Where MLflow records."""
 
@@ -241,7 +247,7 @@ def require_resumable(stored: StudyConfig, asked: StudyConfig) -> None:
     mine, theirs = _flatten(stored.to_json()), _flatten(asked.to_json())
     lines = [
         f"study {stored.name}: {key}: got {_show(theirs.get(key))}, the database has {_show(mine.get(key))}; "
-        f"allowed: changes of {' and '.join(sorted(BUDGET_KEYS))} only, anything else is a study with another name"
+        f"allowed: changes of {', '.join(sorted(BUDGET_KEYS))} only, anything else is a study with another name"
         for key in stored.differing_keys(asked)
         if key not in BUDGET_KEYS and not _is_former_default(key, stored, asked)
     ]
@@ -440,6 +446,8 @@ def _section_of(place: Sequence[str | int]) -> type[Section] | None:
             return ObjectiveConfig
         case ["fidelity"]:
             return FidelityConfig
+        case ["noise"]:
+            return NoiseConfig
         case ["tracking"]:
             return TrackingConfig
     return None
@@ -592,6 +600,7 @@ def _check_meaning(config: StudyConfig, *, check_files: bool) -> Iterator[Proble
     yield from _check_pruner(config)
     yield from _check_fidelity(config)
     yield from _check_objective(config)
+    yield from _check_noise(config)
     yield from _check_tracking(config)
 
 
@@ -785,6 +794,12 @@ def _check_objective(config: StudyConfig) -> Iterator[Problem]:
         elif term not in METRICS and not (term.startswith(CLASS_AP) and term != CLASS_AP):
             found = f"unknown metric {_show(term)}{_closest(term, METRICS)}"
             yield Problem("objective", found, f"{', '.join(METRICS)} or {CLASS_AP}NAME")
+
+
+def _check_noise(config: StudyConfig) -> Iterator[Problem]:
+    seeds = config.noise.seeds
+    if seeds == 1 or seeds > MOST_RERUN_SEEDS:
+        yield Problem("noise.seeds", f"got {seeds}", _describe(NoiseConfig.model_fields["seeds"]))
 
 
 def _check_tracking(config: StudyConfig) -> Iterator[Problem]:

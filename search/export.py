@@ -3,12 +3,13 @@
 import importlib.metadata
 import os
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from search.config import StudyConfig
+from search.confirm import TEST, VALIDATION, ConfirmReport, gain_in_words, latest_confirmation
 from search.errors import SearchError, UserInputError
 from search.ledger import Ledger, Ticket, base_numbers
 from search.prepared import Prepared
@@ -33,8 +34,8 @@ class BestTrial:
     """The keys that were searched."""
     objective: str
     """The objective in words."""
-    value: float
-    """The trial's objective."""
+    value: float | None
+    """The trial's objective; None for a base whose own trial failed."""
     base_value: float | None
     """The base's objective; None if its trial has no value."""
     complete: int
@@ -47,6 +48,14 @@ class BestTrial:
     """What AutoAnchor found; None where it was switched off."""
     finished: float | None = None
     """When it ended, UTC epoch seconds."""
+    ticket: int | None = None
+    """Number of its ticket."""
+    why: str | None = None
+    """Why it is this one, where it is not the best of its search."""
+    verdict: str | None = None
+    """What the study's confirmation says, in one line; None without one."""
+    gains: tuple[str, ...] = ()
+    """Its confirmed gains, a line for each split."""
 
     @property
     def is_base(self) -> bool:
@@ -54,18 +63,27 @@ class BestTrial:
         return self.trial_number == 0
 
 
-def best_trial(ledger: Ledger, config: StudyConfig) -> BestTrial:
-    """The complete trial with the highest objective; of equals the earliest, so that the base wins a tie.
+def best_trial(ledger: Ledger, config: StudyConfig, trial: int | None = None) -> BestTrial:
+    """The trial to export: the confirmed winner, or the base where a confirmation found none.
+
+    Without a confirmation it is the complete trial with the highest objective; of equals the earliest, so that the base
+    wins a tie.
+
+    Args:
+        ledger: of the study.
+        config: the study.
+        trial: number of the trial that is wanted instead.
 
     Raises:
-        UserInputError: no trial is complete yet.
+        UserInputError: no trial is complete yet, or not the one that is named.
     """
-    tickets = [ticket for ticket in ledger.tickets(config.name) if ticket.kind == "search"]
+    tickets = ledger.tickets(config.name)
     complete = complete_trials(tickets)
     if not complete:
         found = f"none of {len(tickets)} trials is complete"
         raise UserInputError(f"study {config.name}: {found}; allowed: a study with a complete trial")
-    best = complete[0]
+    report = latest_confirmation(ledger, config)
+    best, why = _chosen(config, tickets, complete, report, trial)
     numbers = base_numbers(tickets)
     base = next((ticket for ticket in complete if ticket.number in numbers), None)
     rows = [row for row in ledger.reports(best.id) if best.best_epoch in (None, row.epoch)]
@@ -77,18 +95,58 @@ def best_trial(ledger: Ledger, config: StudyConfig) -> BestTrial:
         hyperparameters=hyperparameters(config, best.params or {}),
         searched=tuple(config.space),
         objective=config.objective.describe(),
-        value=_value(best),
-        base_value=None if base is None else _value(base),
+        value=best.value,
+        base_value=None if base is None else base.value,
         complete=len(complete),
         fingerprint=record.fingerprint,
         anchors=None if anchors is None else anchors.describe(),
         metrics=rows[-1].metrics if rows else {},
         finished=best.finished,
+        ticket=best.number,
+        why=why,
+        verdict=None if report is None else report.verdict(),
+        gains=() if report is None else tuple(_gains(report, best.number)),
     )
 
 
-def export_weights(ledger: Ledger, config: StudyConfig, store: WeightsStore, output: Path) -> Path:
-    """Copies the trained weights of the best trial.
+def _chosen(
+    config: StudyConfig,
+    tickets: Sequence[Ticket],
+    complete: Sequence[Ticket],
+    report: ConfirmReport | None,
+    trial: int | None,
+) -> tuple[Ticket, str | None]:
+    """The ticket to export, and why it is that one if it is not simply the best."""
+    if trial is not None:
+        named = next((one for one in complete if trial in (one.trial_number, one.number)), None)
+        if named is None:
+            numbers = ", ".join(str(one.trial_number) for one in sorted(complete, key=lambda one: one.number)[:20])
+            raise UserInputError(f"study {config.name}: --trial: got {trial}; allowed: a complete trial ({numbers})")
+        return named, "chosen by hand"
+    if report is None or not report.is_over:
+        return complete[0], None
+    if (winner := report.winner) is not None:
+        return next(one for one in tickets if one.number == winner.number), "the winner of the confirmation"
+    return tickets[0], "the base: the confirmation found no winner"
+
+
+def _gains(report: ConfirmReport, number: int) -> Iterator[str]:
+    for split, name in ((VALIDATION, "validation"), (TEST, "test")):
+        if (gain := report.comparison(number, split)) is not None:
+            yield f"{name}: {gain.verdict}, {gain_in_words(gain, report)}"
+
+
+def export_weights(
+    ledger: Ledger, config: StudyConfig, store: WeightsStore, output: Path, ticket: int | None = None
+) -> Path:
+    """Copies the trained weights of a trial, as the search trained it.
+
+    Args:
+        ledger: of the study.
+        config: the study.
+        store: where the weights are.
+        output: the file to write.
+        ticket: number of the trial's ticket; None for the best one.
 
     Returns:
         `output`.
@@ -97,21 +155,17 @@ def export_weights(ledger: Ledger, config: StudyConfig, store: WeightsStore, out
         UserInputError: no trial is complete, its weights were not kept, or the file cannot be written.
         CheckpointError: the weights cannot be read.
     """
-    complete = complete_trials(ledger.tickets(config.name))
+    complete = [one for one in complete_trials(ledger.tickets(config.name)) if ticket in (None, one.number)]
     row = value_row(complete[0], ledger.reports(complete[0].id)) if complete else None
     file = store.find(complete[0].number, row) if complete else None
     if file is None:
-        found = f"no weights of {'a complete' if not complete else 'its best'} trial are in {store}"
+        which = "a complete trial" if not complete else f"trial {complete[0].trial_number}"
+        found = f"no weights of {which} are in {store}"
         raise UserInputError(
             f"study {config.name}: {found}; allowed: a study with train.keep_weights best or all, and --checkpoints "
             "where its workers had it"
         )
     return store.copy(complete[0].number, file, output)
-
-
-def _value(ticket: Ticket) -> float:
-    assert ticket.value is not None
-    return ticket.value
 
 
 def export_best(best: BestTrial, path: Path) -> Path:
@@ -142,18 +196,19 @@ def header(best: BestTrial) -> Sequence[str]:
     moment = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     lines = [
         f"YOLOv5 hyperparameters found by yolosearch {importlib.metadata.version('yolosearch')}",
-        f"study:      {best.study}, trial {best.trial_number}, the best of {best.complete} complete trials",
-        f"objective:  {best.objective} = {best.value:.5f}, {_against_base(best)}",
+        f"study:      {best.study}, trial {best.trial_number}, "
+        f"{best.why or f'the best of {best.complete} complete trials'}",
+        f"objective:  {best.objective} = {_number(best.value)}, {_against_base(best)}",
         f"metrics:    {', '.join(f'{key} {value:.4f}' for key, value in best.metrics.items() if key in _SHOWN)}",
         f"searched:   {', '.join(best.searched)}",
         f"data:       fingerprint {best.fingerprint}",
         f"anchors:    {best.anchors or 'as given, train with --noautoanchor'}",
         f"written:    {moment}",
-        "unconfirmed: one training with one seed; a rerun with another seed may give less",
+        *_confirmation(best),
         "raw units as train.py --hyp reads them; nothing is rescaled",
         *CLS_PW_NOTE,
     ]
-    if best.is_base:
+    if best.is_base and best.why is None:
         lines.insert(3, "no trial beat the base: these are the values that the study started from")
     return lines
 
@@ -161,10 +216,24 @@ def header(best: BestTrial) -> Sequence[str]:
 _SHOWN = ("fitness", "map50", "map", "precision", "recall")
 
 
+def _confirmation(best: BestTrial) -> list[str]:
+    """What reruns with other seeds say of it."""
+    unconfirmed = "unconfirmed: one training with one seed; a rerun with another seed may give less"
+    if best.verdict is None:
+        return [unconfirmed]
+    known = [f"confirmation: {best.verdict}"]
+    own = [f"confirmed on {line}" if ": better" in line else f"rerun on {line}" for line in best.gains]
+    return [*known, *own] if own or best.is_base else [*known, unconfirmed]
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.5f}"
+
+
 def _against_base(best: BestTrial) -> str:
     if best.is_base:
         return "the base itself"
-    if best.base_value is None:
+    if best.base_value is None or best.value is None:
         return "the base has no value"
     return f"base {best.base_value:.5f} ({best.value - best.base_value:+.5f})"
 

@@ -30,7 +30,7 @@ from search.database import (
     sqlite_path,
 )
 from search.errors import DatabaseError, UserInputError
-from search.ledger import Ledger, StateCount, StudyRecord, Ticket, TicketState
+from search.ledger import KINDS, RERUN_KINDS, Ledger, StateCount, StudyRecord, Ticket, TicketState
 from search.paths import StudyFolder
 from search.weights import WeightsStore, complete_trials, kept_numbers, value_row
 from search.worker.host import release_dead_neighbours
@@ -202,7 +202,8 @@ def delete(
     freed = 0
     if store is not None:
         weights = WeightsStore(store.place, name)
-        freed += sum(weights.keep(ticket.number, None) for ticket in tickets) + store.clear()
+        freed += sum(weights.keep(ticket.number, None) for ticket in tickets)
+        freed += sum(store.of_kind(kind).clear() for kind in KINDS)
     database = _database_files(storage_url)
     freed += _remove_entries(folder, keep=database)
     ledger.delete_study(name, force=force)
@@ -246,7 +247,7 @@ def _remove_entries(folder: StudyFolder, keep: Collection[Path]) -> int:
     root = folder.root.resolve()
     entries = [entry for entry in root.iterdir() if entry not in keep]
     if folder.study in SHARED_FOLDERS:
-        own = {folder.best_hyp.name, folder.trial(0).parent.name, folder.log("").parent.name}
+        own = {folder.best_hyp.name, folder.log("").parent.name, *(folder.trial(0, kind).parent.name for kind in KINDS)}
         entries = [entry for entry in entries if entry.name in own or entry.name.startswith("study.db")]
     return sum(_remove_tree(entry) for entry in entries)
 
@@ -311,16 +312,19 @@ def clean(ledger: Ledger, folder: StudyFolder, store: CheckpointStore, *, dry_ru
         UnknownStudyError: no such study.
     """
     tickets = ledger.tickets(ledger.study(folder.study).name)
-    ended = _ended_numbers(tickets)
+    checkpoints = _clean_checkpoints(store, _ended_numbers(tickets), dry_run=dry_run)
+    for kind in RERUN_KINDS:
+        ended = _ended_numbers(ledger.tickets(folder.study, (kind,)))
+        checkpoints += _clean_checkpoints(store.of_kind(kind), ended, dry_run=dry_run)
     return CleanReport(
-        checkpoints=_clean_checkpoints(store, ended, dry_run=dry_run),
+        checkpoints=checkpoints,
         weights=_clean_weights(ledger, tickets, WeightsStore(store.place, folder.study), dry_run=dry_run),
         temporary=remove_leftovers(folder.root, dry_run=dry_run) + remove_temporary_files(dry_run=dry_run),
     )
 
 
 def _ended_numbers(tickets: Sequence[Ticket]) -> frozenset[int]:
-    """Numbers whose tickets, of whatever kind, are all spent."""
+    """Numbers of the tickets that are spent."""
     open_numbers = {ticket.number for ticket in tickets if not ticket.state.is_final}
     return frozenset(ticket.number for ticket in tickets) - open_numbers
 
@@ -416,7 +420,7 @@ def retry(ledger: Ledger, config: StudyConfig, numbers: Collection[int] | None =
     Raises:
         UserInputError: a trial that is not FAIL, or was retried before; nothing was written.
     """
-    tickets = {ticket.number: ticket for ticket in ledger.tickets(config.name) if ticket.kind == "search"}
+    tickets = {ticket.number: ticket for ticket in ledger.tickets(config.name)}
     if numbers is None:
         retried = {ticket.retry_of for ticket in tickets.values()}
         failed = [ticket for ticket in tickets.values() if ticket.state is TicketState.FAIL]

@@ -58,9 +58,9 @@ class StudyFolder:
         """Where `export` writes the best hyp unless told otherwise."""
         return self.root / "hyp.best.yaml"
 
-    def trial(self, ticket_number: int) -> Path:
-        """Folder of one trial's files."""
-        return self.root / "trials" / f"{ticket_number:05d}"
+    def trial(self, ticket_number: int, kind: str = "search") -> Path:
+        """Folder of one trial's files, or of a ticket's of another kind."""
+        return self.root / ("trials" if kind == "search" else kind) / f"{ticket_number:05d}"
 
     def log(self, worker: str) -> Path:
         """What one worker printed."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -17,7 +17,17 @@ from search.config import StudyConfig
 from search.fidelity import FidelityStatus
 from search.forecast import ShortAgainstFull, Span, expected_cost, seconds_left, short_against_full
 from search.housekeeping import StudyRow
-from search.ledger import EpochRow, Ledger, StudyRecord, Ticket, TicketState, WorkerRow, WorkerState, base_numbers
+from search.ledger import (
+    RERUN_KINDS,
+    EpochRow,
+    Ledger,
+    StudyRecord,
+    Ticket,
+    TicketState,
+    WorkerRow,
+    WorkerState,
+    base_numbers,
+)
 from search.prepared import Prepared
 from search.worker.lease import HEARTBEAT_SECONDS
 from yolocore.hyperparameters import LOSS_WEIGHT_KEYS
@@ -81,6 +91,8 @@ class StudyStatus:
     """What was worked out when the study was created."""
     fidelity: FidelityStatus | None = None
     """Of studies that have a cheap training before the full one."""
+    reruns: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """How many tickets beside the search are spent, and how many there are, by their kind."""
 
     @property
     def finished(self) -> bool:
@@ -103,13 +115,16 @@ class StudyRows:
     workers: tuple[WorkerRow, ...]
     now: float
     """On the database's clock."""
+    reruns: tuple[Ticket, ...] = ()
+    """Tickets beside the search."""
 
     @classmethod
     def read(cls, ledger: Ledger, study: str) -> StudyRows:
         """Reads them; reports first, so that none is of a ticket that is missing."""
         record, reports = ledger.study(study), ledger.all_reports(study)
         tickets, workers = ledger.tickets(study), ledger.workers(study)
-        return cls(record=record, tickets=tickets, reports=reports, workers=workers, now=ledger.now())
+        reruns = ledger.tickets(study, RERUN_KINDS)
+        return cls(record=record, tickets=tickets, reports=reports, workers=workers, now=ledger.now(), reruns=reruns)
 
 
 def study_status(ledger: Ledger, config: StudyConfig) -> StudyStatus:
@@ -140,7 +155,14 @@ def sum_up(rows: StudyRows, config: StudyConfig) -> StudyStatus:
         precisions=tuple(sorted({worker.device.rpartition(" ")[2] for worker in workers if " " in worker.device})),
         prepared=Prepared.of(rows.record.config),
         fidelity=None if config.fidelity is None else FidelityStatus.of(tickets, config.fidelity),
+        reruns=_reruns(rows.reruns),
     )
+
+
+def _reruns(tickets: Sequence[Ticket]) -> dict[str, tuple[int, int]]:
+    kinds = dict.fromkeys(ticket.kind for ticket in tickets)
+    spent = {kind: [ticket.state.is_final for ticket in tickets if ticket.kind == kind] for kind in kinds}
+    return {kind: (sum(ended), len(ended)) for kind, ended in spent.items()}
 
 
 def _base(tickets: Sequence[Ticket], trials: Sequence[TrialStatus]) -> TrialStatus | None:
@@ -239,6 +261,7 @@ def headline(status: StudyStatus, *, with_eta: bool = True) -> str:
         parts.append(f"best {format_value(status.best.value)} (trial {status.best.number})")
     if status.base is not None and status.base.value is not None:
         parts.append(f"base {format_value(status.base.value)}")
+    parts += [f"{kind} {spent} of {count}" for kind, (spent, count) in status.reruns.items()]
     if status.unsent:
         parts.append(f"{status.unsent} to be sent to MLflow")
     if len(status.precisions) > 1:

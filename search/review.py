@@ -10,13 +10,12 @@ from functools import cached_property
 from typing import Literal
 
 from search.config import StudyConfig
-from search.ledger import EpochRow, Ledger, StudyRecord, Ticket, TicketState, base_numbers
+from search.ledger import KINDS, SEARCH, EpochRow, Ledger, StudyRecord, Ticket, TicketState, base_numbers
 from search.settings import SpaceEntry
 from search.space import hyperparameters
 from search.statistics import Comparison, Confirmation
 from search.weights import complete_trials, value_row
 
-SEARCH = "search"
 BAND = 1.96 * math.sqrt(2)
 """Half the noise band in standard deviations of one run: two runs of equal settings differ by more once in twenty."""
 
@@ -139,8 +138,8 @@ def read_study_data(
         record=ledger.study(config.name),
         config=config,
         class_names=tuple(class_names),
-        every_ticket=ledger.tickets(config.name),
-        reports=ledger.all_reports(config.name),
+        every_ticket=ledger.tickets(config.name, KINDS),
+        reports=ledger.all_reports(config.name, KINDS),
         now=ledger.now(),
         confirmation=confirmation,
     )

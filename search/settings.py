@@ -414,6 +414,16 @@ class FidelityConfig(Section):
     """The frozen layers keep their BatchNorm statistics, so that one copy of them serves all slots of a pack."""
 
 
+class NoiseConfig(Section):
+    """How much a rerun of the base varies, measured before the search begins."""
+
+    seeds: Annotated[
+        Whole,
+        Field(ge=0, json_schema_extra=allowed_text("0 for none, or a number of seeds from 2 to 1000")),
+    ] = 0
+    """Seeds on which the base is trained, beside the budget of `trials`."""
+
+
 class TrackingConfig(Section):
     """Where MLflow records."""
 

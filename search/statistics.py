@@ -13,8 +13,11 @@ from typing import Literal
 import numpy as np
 from scipy import optimize, special, stats
 
-ALPHA = 0.05
-"""Chance that at least one of the candidates is called better where none is."""
+ALPHA = 0.04
+"""Chance that at least one of the candidates is called better where none is.
+
+What is promised is 5 %; the rest is room for what the model leaves out, since trainings' noise is not quite normal.
+"""
 
 POWER = 0.8
 """Chance of finding a real gain that `detectable_gain` and `seeds_needed` speak of."""
@@ -81,6 +84,14 @@ def spread(values: Sequence[float]) -> Spread:
     if len(values) < 2:
         raise ValueError(f"{len(values)} run shows no spread, at least 2 are needed")
     return Spread(tuple(values), float(np.mean(values)), float(np.std(values, ddof=1)))
+
+
+def sd_interval(found: Spread, confidence: float = 0.95) -> tuple[float, float]:
+    """Between which values the true standard deviation lies; wide for few reruns (chi-squared interval)."""
+    freedom = len(found.values) - 1
+    tails = (1 + confidence) / 2, (1 - confidence) / 2
+    low, high = (found.sd * float(np.sqrt(freedom / stats.chi2.ppf(tail, freedom))) for tail in tails)
+    return low, high
 
 
 def compare(base: Sequence[float], candidates: Mapping[str, Sequence[float]], alpha: float = ALPHA) -> Confirmation:

@@ -137,7 +137,13 @@ class Tracker(Protocol):
         """The id of the run that sums up the study."""
 
     def ensure_trial_run(
-        self, study: str, ticket_key: str, name: str, params: Mapping[str, object], tags: Mapping[str, str]
+        self,
+        study: str,
+        ticket_key: str,
+        name: str,
+        params: Mapping[str, object],
+        tags: Mapping[str, str],
+        kind: str = "trial",
     ) -> str:
         """The id of the run of one ticket, found again by its tag before it is created.
 
@@ -148,6 +154,7 @@ class Tracker(Protocol):
             params: logged once. A value that differs from the one logged earlier does not replace it and is no error:
                 the tag `yolosearch.changed_params` tells of it.
             tags: written over those that the run has.
+            kind: of run: a trial of the search, or a rerun (noise, confirm).
         """
 
     def log_epochs(self, run_id: str, rows: Sequence[EpochMetrics]) -> None:
@@ -373,6 +380,7 @@ class NullTracker:
         name: str,  # noqa: ARG002
         params: Mapping[str, object],  # noqa: ARG002
         tags: Mapping[str, str],  # noqa: ARG002
+        kind: str = "trial",  # noqa: ARG002
     ) -> str:
         """A name made from the study's and the ticket's."""
         return f"{study}/{ticket_key}"
@@ -451,10 +459,16 @@ class MlflowTracker:
         return self._ensure_run(study, SUMMARY_TICKET, "summary", "summary", params, tags)
 
     def ensure_trial_run(
-        self, study: str, ticket_key: str, name: str, params: Mapping[str, object], tags: Mapping[str, str]
+        self,
+        study: str,
+        ticket_key: str,
+        name: str,
+        params: Mapping[str, object],
+        tags: Mapping[str, str],
+        kind: str = "trial",
     ) -> str:
         """See `Tracker`."""
-        return self._ensure_run(study, ticket_key, "trial", name, params, tags)
+        return self._ensure_run(study, ticket_key, kind, name, params, tags)
 
     def log_epochs(self, run_id: str, rows: Sequence[EpochMetrics]) -> None:
         """See `Tracker`."""

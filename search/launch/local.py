@@ -16,7 +16,7 @@ from typing import BinaryIO, Self
 from search.errors import EXIT_BAD_INPUT, EXIT_STOPPED, DatabaseError
 from search.launch.launcher import RestartPolicy, WorkerPhase, WorkerView, study_progress
 from search.launch.plan import LaunchPlan, Seat
-from search.ledger import Ledger
+from search.ledger import SEARCH, Ledger
 
 logger = logging.getLogger(__name__)
 
@@ -158,8 +158,8 @@ class LocalLauncher:
             child.restart.postpone()
 
     def _is_stopped(self) -> bool:
-        """Whether the study gives out no more tickets: a new worker would end like the last one."""
-        return self.ledger.study(self.plan.folder.study).stop_reason is not None
+        """Whether the search gives out no more tickets: a new worker would end like the last one."""
+        return SEARCH in self.plan.kinds and self.ledger.study(self.plan.folder.study).stop_reason is not None
 
     def _progress(self) -> int:
         return study_progress(self.ledger, self.plan.folder.study)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from search.database import STORAGE_URL_VARIABLE
 from search.errors import UserInputError
+from search.ledger import KINDS
 from search.paths import StudyFolder
 from search.worker.existing import HANG_SECONDS
 from search.worker.lease import DEFAULT_LEASE_SECONDS
@@ -52,6 +53,7 @@ class LaunchPlan:
         lease_seconds: Seconds after which a silent worker loses its tickets.
         data: The data set's YAML, where it lies elsewhere on the workers' hosts.
         checkpoints: Folder or URL that all workers of the study see; None for the environment's, or the runs folder.
+        only: Kind of the tickets that workers take; None for all.
     """
 
     storage_url: str
@@ -66,6 +68,12 @@ class LaunchPlan:
     lease_seconds: float = DEFAULT_LEASE_SECONDS
     data: Path | None = None
     checkpoints: str | None = None
+    only: str | None = None
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Of the tickets that workers take."""
+        return KINDS if self.only is None else (self.only,)
 
     def seats(self) -> tuple[Seat, ...]:
         """One place for each worker: neighbours in number sit on different GPUs."""
@@ -98,6 +106,7 @@ class LaunchPlan:
             "--timeout": None if seconds_left is None else max(0.0, seconds_left),
             "--data": self.data,
             "--checkpoints": self.checkpoints,
+            "--only": self.only,
         }
         for option, value in optional.items():
             if value is not None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from search.config import StudyConfig, check_objective, require_resumable, shared_keys
+from search.confirm import add_noise
 from search.database import init_lock, make_engine, mask_url, sqlite_path
 from search.errors import StudyConfigError, StudyConflictError, UnknownStudyError
 from search.forecast import Forecast, expected_cost
@@ -329,6 +330,7 @@ def _create(ledger: Ledger, plan: StudyPlan, prepared: Prepared, base: AskedTria
     )
     tickets = [base.params, *[None] * (plan.config.trials + more_trials - 1)]
     ledger.create_study(record, tickets, base)
+    add_noise(ledger, plan.config, plan.config.noise.seeds)
 
 
 def _resume(ledger: Ledger, plan: StudyPlan, record: StudyRecord, more_trials: int) -> None:
@@ -348,4 +350,5 @@ def _resume(ledger: Ledger, plan: StudyPlan, record: StudyRecord, more_trials: i
         is_grid = plan.config.sampler.name == "grid"
         points = grid_points(plan.config)[have : have + missing] if is_grid else ()
         ledger.add_tickets(frozen.name, missing, fixed_params=points)
+    add_noise(ledger, frozen, plan.config.noise.seeds)
     ledger.stop(frozen.name, None)

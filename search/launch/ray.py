@@ -29,7 +29,7 @@ from search.database import STORAGE_URL_VARIABLE, mask_url, sqlite_path
 from search.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_STOPPED, DatabaseError, SearchError, UserInputError
 from search.launch.launcher import RestartPolicy, WorkerPhase, WorkerView, study_progress
 from search.launch.plan import GPU_VARIABLE, LaunchPlan, Seat
-from search.ledger import Ledger
+from search.ledger import SEARCH, Ledger
 from search.paths import RUNS_DIR_VARIABLE, StudyFolder
 from yolocore.host import WORKERS_VARIABLE
 
@@ -431,8 +431,8 @@ class RayLauncher:
         return share if wants_gpu and self._cluster.total("GPU") else 0.0
 
     def _is_stopped(self) -> bool:
-        """Whether the study gives out no more tickets: a new worker would end like the last one."""
-        return self._ledger.study(self._plan.folder.study).stop_reason is not None
+        """Whether the search gives out no more tickets: a new worker would end like the last one."""
+        return SEARCH in self._plan.kinds and self._ledger.study(self._plan.folder.study).stop_reason is not None
 
     def _progress(self) -> int:
         return study_progress(self._ledger, self._plan.folder.study)
@@ -442,7 +442,8 @@ class RayLauncher:
         timeout = self._plan.timeout
         if timeout is not None and time.monotonic() - self._started > timeout:
             return True
-        return self._is_stopped() or not any(self._ledger.open_counts(self._plan.folder.study).values())
+        kinds = self._plan.kinds
+        return self._is_stopped() or not any(self._ledger.open_counts(self._plan.folder.study, kinds).values())
 
     def _spare_those_without_room(self) -> None:
         """Workers that wait for room need not come where nothing is left to do; otherwise says what they wait for."""

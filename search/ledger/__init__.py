@@ -1,9 +1,15 @@
 """The ledger: our own tables beside Optuna's, and the only truth of a trial's state."""
 
 from search.ledger.claims import MAX_STALLED
-from search.ledger.ledger import SEARCH, Ledger, TrialTakenError
+from search.ledger.ledger import Ledger, TrialTakenError
 from search.ledger.records import (
+    CONFIRM,
+    KINDS,
+    NOISE,
+    RERUN_KINDS,
+    SEARCH,
     EpochRow,
+    Rerun,
     StateCount,
     StudyRecord,
     Ticket,
@@ -14,10 +20,15 @@ from search.ledger.records import (
 )
 
 __all__ = [
+    "CONFIRM",
+    "KINDS",
     "MAX_STALLED",
+    "NOISE",
+    "RERUN_KINDS",
     "SEARCH",
     "EpochRow",
     "Ledger",
+    "Rerun",
     "StateCount",
     "StudyRecord",
     "Ticket",

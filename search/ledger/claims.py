@@ -6,13 +6,14 @@ looks again at those that changed meanwhile; on SQLite the whole transaction is 
 
 import itertools
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from search.errors import StudyStoppedError
-from search.ledger.records import Ticket, TicketState
+from search.ledger.records import SEARCH, Ticket, TicketState
 from search.ledger.rows import TICKET_COLUMNS, clock, read_study, read_ticket, ticket_of
 from search.ledger.tables import ticket_table
 
@@ -42,18 +43,20 @@ def claim(
     *,
     joining: bool = False,
     accept: Callable[[Ticket], bool] | None = None,
+    alike: Callable[[Ticket, Ticket], bool] | None = None,
 ) -> tuple[Ticket, ...]:
     """Leases up to `limit` tickets.
 
     Started tickets go first, so that interrupted trials end before new ones begin; then by number. A ticket on its last
     chance is claimed alone and never to join others, so that a trial that kills its worker cannot spend the last chance
-    of its neighbours. With `accept`, of those that join only the ones for which it holds.
+    of its neighbours. With `accept`, of those that join only the ones for which it holds; with `alike`, only those for
+    which it holds of the first and them. A study that was stopped gives out no tickets of its search.
 
     Raises:
         UnknownStudyError, StudyStoppedError.
     """
     record = read_study(connection, study)
-    if record.stop_reason is not None:
+    if record.stop_reason is not None and kind == SEARCH:
         raise StudyStoppedError(f"study {study!r} was stopped: {record.stop_reason}")
     now = clock(connection)
     first = None if joining else _first_startable(connection, study, kind, now)
@@ -64,6 +67,7 @@ def claim(
         others = _stalled_if_taken < MAX_STALLED - 1
         if first is not None:
             others &= _columns.id != first.id
+            accept = partial(alike, first) if alike is not None else accept
         if accept is not None:
             others &= _columns.id.in_(_accepted(connection, study, kind, now, accept))
         found = _lock_claimable(connection, study, kind, now, limit - len(chosen), others)

@@ -1,7 +1,7 @@
 """The `Ledger`: the only truth of what a study's trials are and who owns them."""
 
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import sqlalchemy as sa
@@ -11,7 +11,18 @@ from sqlalchemy.exc import IntegrityError
 from search.database import READ_ONLY, check_study_name, database_errors, retry
 from search.errors import DatabaseError, StudyConflictError, UserInputError
 from search.ledger import claims, rungs, schema
-from search.ledger.records import EpochRow, StateCount, StudyRecord, Ticket, TicketState, WorkerRow, WorkerState
+from search.ledger.records import (
+    RERUN_KINDS,
+    SEARCH,
+    EpochRow,
+    Rerun,
+    StateCount,
+    StudyRecord,
+    Ticket,
+    TicketState,
+    WorkerRow,
+    WorkerState,
+)
 from search.ledger.rows import (
     TICKET_COLUMNS,
     clock,
@@ -30,7 +41,6 @@ from search.ledger.rows import (
 )
 from search.ledger.tables import epoch_table, fidelity_table, study_table, ticket_table, worker_table
 
-SEARCH = "search"
 FINAL = tuple(state for state in TicketState if state.is_final)
 
 T = TypeVar("T")
@@ -89,10 +99,11 @@ class Ledger:
         def create(connection: Connection) -> None:
             values = {name: getattr(record, name) for name in StudyRecord.__dataclass_fields__}
             connection.execute(sa.insert(study_table).values(**values, token=token))
-            _insert_tickets(connection, record.name, SEARCH, 0, tickets, token)
+            _insert_tickets(connection, record.name, SEARCH, 0, [_proposal(params) for params in tickets], token)
             if link0 is not None:
                 trial_id, trial_number, params = link0
-                first = (ticket_table.c.study == record.name) & (ticket_table.c.number == 0)
+                of_search = (ticket_table.c.study == record.name) & (ticket_table.c.kind == SEARCH)
+                first = of_search & (ticket_table.c.number == 0)
                 link = {"trial_id": trial_id, "trial_number": trial_number, "params": dict(params)}
                 connection.execute(sa.update(ticket_table).where(first).values(**link))
 
@@ -141,7 +152,33 @@ class Ledger:
         if len(fixed_params) > count:
             raise ValueError(f"{len(fixed_params)} sets of parameters for {count} tickets")
         params = [*fixed_params, *[None] * (count - len(fixed_params))]
-        self._add(study, kind, params)
+        self._add(study, kind, lambda _: [_proposal(entry) for entry in params])
+
+    def add_reruns(self, study: str, kind: str, reruns: Sequence[Rerun]) -> tuple[Ticket, ...]:
+        """Adds a ticket for each rerun that has none yet, or has only failed ones; whoever else does so as well.
+
+        Args:
+            study: its name.
+            kind: noise or confirm.
+            reruns: all that are wanted, in the order in which they should be trained.
+
+        Returns:
+            The tickets that were added.
+        """
+        columns = ticket_table.c
+        key = (columns.candidate, columns.seed, columns.epochs)
+
+        def missing(connection: Connection) -> list[dict[str, Any]]:
+            sound = (columns.study == study) & (columns.kind == kind) & (columns.state != TicketState.FAIL)
+            known = {tuple(row) for row in connection.execute(sa.select(*key).where(sound))}
+            wanted = {(rerun.candidate, rerun.seed, rerun.epochs): rerun for rerun in reruns}
+            return [
+                {"candidate": rerun.candidate, "seed": rerun.seed, "epochs": rerun.epochs, "params": dict(rerun.params)}
+                for name, rerun in wanted.items()
+                if name not in known
+            ]
+
+        return self._add(study, kind, missing)
 
     def retry_tickets(
         self, study: str, fixed_params: Mapping[int, Mapping[str, Any] | None], *, kind: str = SEARCH
@@ -162,7 +199,7 @@ class Ledger:
         numbers = list(fixed_params)
         columns = ticket_table.c
 
-        def check(connection: Connection) -> None:
+        def retries(connection: Connection) -> list[dict[str, Any]]:
             of_kind = (columns.study == study) & (columns.kind == kind)
             query = sa.select(columns.number, columns.state, columns.retry_of).where(of_kind)
             rows = connection.execute(query).all()
@@ -173,17 +210,14 @@ class Ledger:
                     _refuse_retry(study, number, f"was retried already, as trial {retried[number]}")
                 if (state := states.get(number)) != TicketState.FAIL:
                     _refuse_retry(study, number, "does not exist" if state is None else f"is {state}")
+            return [_proposal(params, retry_of=number) for number, params in fixed_params.items()]
 
-        return self._add(study, kind, list(fixed_params.values()), numbers, check)
+        return self._add(study, kind, retries)
 
     def _add(
-        self,
-        study: str,
-        kind: str,
-        params: Sequence[Mapping[str, Any] | None],
-        retry_of: Sequence[int] | None = None,
-        check: Callable[[Connection], None] | None = None,
+        self, study: str, kind: str, wanted: Callable[[Connection], Sequence[Mapping[str, Any]]]
     ) -> tuple[Ticket, ...]:
+        """Adds tickets with what `wanted` finds, inside the transaction, to be their own."""
         token = uuid.uuid4().hex
         mine = ticket_table.c.token == token
 
@@ -192,11 +226,10 @@ class Ledger:
             of_kind = (ticket_table.c.study == study) & (ticket_table.c.kind == kind)
             added = sa.select(*TICKET_COLUMNS).where(of_kind & mine).order_by(ticket_table.c.number)
             if not (rows := connection.execute(added).all()):
-                if check is not None:
-                    check(connection)
+                rows_wanted = wanted(connection)
                 highest = connection.execute(sa.select(sa.func.max(ticket_table.c.number)).where(of_kind)).scalar()
                 start = 0 if highest is None else highest + 1
-                _insert_tickets(connection, study, kind, start, params, token, retry_of)
+                _insert_tickets(connection, study, kind, start, rows_wanted, token)
                 rows = connection.execute(added).all()
             return tuple(ticket_of(row) for row in rows)
 
@@ -258,6 +291,7 @@ class Ledger:
         kind: str = SEARCH,
         joining: bool = False,
         accept: Callable[[Ticket], bool] | None = None,
+        alike: Callable[[Ticket, Ticket], bool] | None = None,
     ) -> tuple[Ticket, ...]:
         """Leases up to `limit` tickets to `worker`; () if none is free now.
 
@@ -273,10 +307,11 @@ class Ledger:
             kind: which budget.
             joining: they join trials that the worker is training: none that is on its last chance.
             accept: of those that join, only the ones for which this holds; it is asked about all that are free.
+            alike: of those that come with the first, only the ones for which this holds of the first and them.
 
         Raises:
             UnknownStudyError: no such study.
-            StudyStoppedError: the study gives out no more tickets.
+            StudyStoppedError: the study's search gives out no more tickets.
         """
         token = uuid.uuid4().hex
         tries = 0
@@ -287,7 +322,16 @@ class Ledger:
             # An earlier try may have been committed although its answer was lost.
             earlier = claims.claimed_with(connection, token) if tries > 1 else ()
             return earlier or claims.claim(
-                connection, study, kind, worker, limit, lease_seconds, token, joining=joining, accept=accept
+                connection,
+                study,
+                kind,
+                worker,
+                limit,
+                lease_seconds,
+                token,
+                joining=joining,
+                accept=accept,
+                alike=alike,
             )
 
         return self._write(claim) if limit > 0 else ()
@@ -558,9 +602,9 @@ class Ledger:
         """One ticket. Raises LookupError."""
         return self._read(lambda connection: read_ticket(connection, ticket_id))
 
-    def tickets(self, study: str) -> tuple[Ticket, ...]:
-        """All tickets of a study by kind and number."""
-        return self._tickets(ticket_table.c.study == study)
+    def tickets(self, study: str, kinds: Collection[str] = (SEARCH,)) -> tuple[Ticket, ...]:
+        """All tickets of a study by kind and number; those of its search unless `kinds` says otherwise."""
+        return self._tickets((ticket_table.c.study == study) & ticket_table.c.kind.in_(sorted(kinds)))
 
     def unmirrored(self, study: str) -> tuple[Ticket, ...]:
         """Finished tickets whose final state Optuna and MLflow may not have yet."""
@@ -578,12 +622,12 @@ class Ledger:
         query = sa.select(epoch_table).where(epoch_table.c.ticket_id == ticket_id).order_by(epoch_table.c.epoch)
         return self._read(lambda connection: tuple(epoch_of(row) for row in connection.execute(query)))
 
-    def all_reports(self, study: str) -> dict[int, tuple[EpochRow, ...]]:
-        """The epoch rows of every ticket of a study that has some, by ticket id."""
+    def all_reports(self, study: str, kinds: Collection[str] = (SEARCH,)) -> dict[int, tuple[EpochRow, ...]]:
+        """The epoch rows of every ticket of a study (of its search) that has some, by ticket id."""
         query = (
             sa.select(epoch_table)
             .join(ticket_table, ticket_table.c.id == epoch_table.c.ticket_id)
-            .where(ticket_table.c.study == study)
+            .where((ticket_table.c.study == study) & ticket_table.c.kind.in_(sorted(kinds)))
             .order_by(epoch_table.c.ticket_id, epoch_table.c.epoch)
         )
         grouped: dict[int, list[EpochRow]] = {}
@@ -592,9 +636,10 @@ class Ledger:
         return {ticket_id: tuple(rows) for ticket_id, rows in grouped.items()}
 
     def counts(self, study: str) -> dict[TicketState, int]:
-        """How many tickets are in each state; every state is a key."""
+        """How many tickets of the search are in each state; every state is a key."""
         state = ticket_table.c.state
-        query = sa.select(state, sa.func.count()).where(ticket_table.c.study == study).group_by(state)
+        of_search = (ticket_table.c.study == study) & (ticket_table.c.kind == SEARCH)
+        query = sa.select(state, sa.func.count()).where(of_search).group_by(state)
         found = self._read(lambda connection: {row[0]: row[1] for row in connection.execute(query)})
         return {state: found.get(state, 0) for state in TicketState}
 
@@ -617,9 +662,9 @@ class Ledger:
         return self._read(read)
 
     def failures_in_a_row(self, study: str) -> int:
-        """How many tickets failed since the last one that did not (or since the study was told to go on)."""
+        """How many tickets of the search failed since the last that did not (or since the study was told to go on)."""
         columns = ticket_table.c
-        of_study = columns.study == study
+        of_study = (columns.study == study) & (columns.kind == SEARCH)
 
         def last(connection: Connection, state: TicketState) -> float:
             query = sa.select(sa.func.max(columns.finished)).where(of_study & (columns.state == state))
@@ -636,26 +681,37 @@ class Ledger:
         return self._read(count)
 
     def latest_failures(self, study: str, count: int) -> tuple[Ticket, ...]:
-        """The last `count` tickets that failed, oldest first."""
+        """The last `count` tickets of the search that failed, oldest first."""
         columns = ticket_table.c
-        failed = (columns.study == study) & (columns.state == TicketState.FAIL)
+        failed = (columns.study == study) & (columns.kind == SEARCH) & (columns.state == TicketState.FAIL)
         query = sa.select(*TICKET_COLUMNS).where(failed).order_by(columns.finished.desc()).limit(count)
         found = self._read(lambda connection: [ticket_of(row) for row in connection.execute(query)])
         return tuple(reversed(found))
 
     # -- sums over a study, which cost the same however many trials are finished --------------------------------------
 
-    def open_counts(self, study: str) -> dict[TicketState, int]:
-        """How many tickets wait and how many run."""
+    def open_counts(self, study: str, kinds: Collection[str] = (SEARCH,)) -> dict[TicketState, int]:
+        """How many tickets wait and how many run; those of the search unless `kinds` says otherwise."""
         columns = ticket_table.c
         states = (TicketState.WAITING, TicketState.RUNNING)
         query = (
             sa.select(columns.state, sa.func.count())
-            .where((columns.study == study) & columns.state.in_(states))
+            .where((columns.study == study) & columns.kind.in_(sorted(kinds)) & columns.state.in_(states))
             .group_by(columns.state)
         )
         found = self._read(lambda connection: {row[0]: row[1] for row in connection.execute(query)})
         return {state: found.get(state, 0) for state in states}
+
+    def largest_cohort(self, study: str) -> int:
+        """How many open reruns of one kind, seed and length there are at most: they would share a pack."""
+        columns = ticket_table.c
+        open_ = columns.state.in_((TicketState.WAITING, TicketState.RUNNING))
+        query = (
+            sa.select(sa.func.count())
+            .where((columns.study == study) & columns.kind.in_(RERUN_KINDS) & open_)
+            .group_by(columns.kind, columns.seed, columns.epochs)
+        )
+        return max(self._read(lambda connection: list(connection.execute(query).scalars())), default=0)
 
     def best(self, study: str) -> Ticket | None:
         """The complete search ticket of the highest value, the first of equals."""
@@ -830,16 +886,15 @@ def _existing_epoch(connection: Connection, ticket: Ticket, epoch: int) -> Epoch
     return row
 
 
+def _proposal(fixed_params: Mapping[str, Any] | None, retry_of: int | None = None) -> dict[str, Any]:
+    """What is a search ticket's own."""
+    return {"fixed_params": None if fixed_params is None else dict(fixed_params), "retry_of": retry_of}
+
+
 def _insert_tickets(
-    connection: Connection,
-    study: str,
-    kind: str,
-    start: int,
-    fixed_params: Sequence[Mapping[str, Any] | None],
-    token: str,
-    retry_of: Sequence[int] | None = None,
+    connection: Connection, study: str, kind: str, start: int, own: Sequence[Mapping[str, Any]], token: str
 ) -> None:
-    now = clock(connection)
+    """Inserts tickets with consecutive numbers; `own` has the columns in which they differ, the same in all."""
     common = {
         "study": study,
         "kind": kind,
@@ -850,18 +905,9 @@ def _insert_tickets(
         "stalled_attempts": 0,
         "history": [],
         "mirrored": False,
-        "created": now,
+        "created": clock(connection),
         "token": token,
     }
-    origins = [None] * len(fixed_params) if retry_of is None else retry_of
-    rows = [
-        {
-            **common,
-            "number": start + index,
-            "fixed_params": None if params is None else dict(params),
-            "retry_of": origin,
-        }
-        for index, (params, origin) in enumerate(zip(fixed_params, origins, strict=True))
-    ]
+    rows = [{**common, **values, "number": start + index} for index, values in enumerate(own)]
     if rows:
         connection.execute(sa.insert(ticket_table), rows)

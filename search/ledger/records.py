@@ -5,6 +5,21 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+SEARCH = "search"
+"""Tickets that train what the sampler proposes: the study's budget."""
+
+NOISE = "noise"
+"""Tickets that train the base again with other seeds."""
+
+CONFIRM = "confirm"
+"""Tickets that train the base and the best trials again, on the same seeds."""
+
+RERUN_KINDS = (NOISE, CONFIRM)
+"""Beside the search's budget: their hyperparameters are known, and Optuna has nothing to do with them."""
+
+KINDS = (*RERUN_KINDS, SEARCH)
+"""In the order in which workers take them."""
+
 
 class TicketState(StrEnum):
     """WAITING and RUNNING are open; COMPLETE, PRUNED and FAIL are final and have spent the ticket."""
@@ -74,6 +89,35 @@ class Ticket:
     """The objective after the cheap training, in studies that have one; None if it was not finite."""
     promoted: bool | None = None
     """Whether the cheap training led to the full one; None as long as that is open."""
+    candidate: int | None = None
+    """Of a rerun: number of the search's ticket whose hyperparameters it trains; 0 is the base."""
+    seed: int | None = None
+    """Of a rerun: of its initialisation and its image stream."""
+    epochs: int | None = None
+    """Of a rerun: how long it trains."""
+
+    @property
+    def is_rerun(self) -> bool:
+        """Whether it is beside the search's budget, and no trial of Optuna's."""
+        return self.kind != SEARCH
+
+    @property
+    def label(self) -> str:
+        """What messages call it."""
+        if self.is_rerun:
+            return f"{self.kind} run {self.number} (seed {self.seed})"
+        return f"trial {self.number if self.trial_number is None else self.trial_number}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rerun:
+    """Known hyperparameters to be trained with a seed; those of one seed and length are a cohort."""
+
+    candidate: int
+    """Number of the search's ticket that they are from; 0 is the base."""
+    seed: int
+    epochs: int
+    params: Mapping[str, Any]
 
 
 def base_numbers(tickets: Iterable[Ticket]) -> frozenset[int]:

@@ -116,6 +116,10 @@ ticket_table = sa.Table(
     # Of the cheap training before the full one, and whether it led to that; NULL as long as that is open.
     sa.Column("fidelity_value", sa.Double),
     sa.Column("promoted", sa.Boolean(create_constraint=False)),
+    # Of a rerun (kinds noise and confirm): whose hyperparameters, with which seed, for how many epochs.
+    sa.Column("candidate", sa.Integer),
+    sa.Column("seed", sa.Integer),
+    sa.Column("epochs", sa.Integer),
     # The claim (or the addition) that wrote this row last; see study_table.c.token.
     sa.Column("token", sa.String(32), nullable=False),
     sa.UniqueConstraint("study", "kind", "number"),

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from search.config import StudyConfig
 from search.errors import UserInputError
-from search.ledger import WorkerState
+from search.ledger import SEARCH, WorkerState
 from search.settings import GridSampler, NonePruner, QmcSampler, RandomSampler
 from search.space import pack_limit
 from search.worker.context import WorkerContext
@@ -64,13 +64,17 @@ def measured_limit(context: WorkerContext, trainer: TrainerLink, largest: int) -
 
 
 def largest_useful(context: WorkerContext) -> int:
-    """No more slots than this worker's share of the tickets that are left, in rounds where the search learns."""
+    """No more slots than this worker's share of the tickets that are left, in rounds where the search learns.
+
+    Cohorts of reruns are wanted whole.
+    """
     config = context.config
-    left = sum(context.ledger.open_counts(config.name).values())
+    cohort = context.ledger.largest_cohort(config.name) if set(context.kinds) != {SEARCH} else 0
+    left = sum(context.ledger.open_counts(config.name).values()) if SEARCH in context.kinds else 0
     learns = not isinstance(config.sampler, RandomSampler | QmcSampler | GridSampler)
     rounds = ROUNDS if learns or not isinstance(config.pruner, NonePruner) else 1
     workers = len(context.ledger.workers(config.name, WorkerState.RUNNING))
-    return max(1, min(pack_limit(config), math.ceil(left / (max(workers, 1) * rounds))))
+    return max(1, min(pack_limit(config), max(cohort, math.ceil(left / (max(workers, 1) * rounds)))))
 
 
 def workers_here(context: WorkerContext) -> int:

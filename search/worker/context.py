@@ -8,7 +8,7 @@ import optuna
 
 from search.config import StudyConfig
 from search.fidelity import fidelity_train_config
-from search.ledger import Ledger
+from search.ledger import KINDS, Ledger
 from search.paths import StudyFolder
 from search.worker.existing import HANG_SECONDS
 from search.worker.trainer_process import TrainerSettings
@@ -31,6 +31,8 @@ class WorkerContext:
     """Root of the checkpoint store: the runs folder or a URL."""
     owner: str
     """Tells this study's checkpoints from those of an earlier one of the same name."""
+    kinds: tuple[str, ...] = KINDS
+    """Of the tickets that it takes, in the order in which it looks for them."""
     deadline: float | None = None
     hang_seconds: float = HANG_SECONDS
     """A trainer that says nothing for so long is taken for hung; longer than a batch, a decode of the data, a start."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 
 from search.config import objective_value
@@ -9,6 +10,7 @@ from search.fidelity import is_promoted
 from search.ledger import Ticket, TicketState, base_numbers
 from search.settings import FidelityConfig
 from search.worker.pack_run import PackRun, epoch_metrics
+from yolocore.metrics import DetectionMetrics
 from yolocore.training.trainer import EpochReport
 
 
@@ -38,7 +40,7 @@ class FidelityRun(PackRun):
         if self.alive:
             super().train()
 
-    def _store(self, ticket: Ticket, report: EpochReport) -> None:
+    def _store(self, ticket: Ticket, report: EpochReport, test: Mapping[str, DetectionMetrics]) -> None:  # noqa: ARG002
         if report.failure is not None:
             self.fail(ticket, f"{report.failure}, with {self._fidelity.freeze} layers frozen")
         elif report.metrics is not None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from yolocore.hyperparameters import Hyperparameters
+from yolocore.metrics import DetectionMetrics
 from yolocore.training.capacity import Capacity
 from yolocore.training.optim import EarlyStopping
 from yolocore.training.trainer import EpochReport
@@ -31,12 +32,28 @@ class TrialStart:
 
 
 @dataclass(frozen=True, slots=True)
+class Cohort:
+    """Trainings that are to be compared: all on the images of one seed, from its first epoch on; nobody joins."""
+
+    kind: str
+    """Of their tickets; names the folder of their checkpoints."""
+    seed: int
+    epochs: int
+
+
+@dataclass(frozen=True, slots=True)
 class StartPack:
-    """Supervisor to trainer: train these together."""
+    """Supervisor to trainer: train these together.
+
+    A cohort whose members turn out to stand at different epochs is not trained: whoever trains must see the images of
+    its own epoch. `PackEnded` follows their `Standing` at once, and those at the same epoch can be sent again.
+    """
 
     trials: tuple[TrialStart, ...]
     in_fidelity: bool = False
     """Whether this is the cheap training before the full one; it keeps no checkpoints and no weights."""
+    cohort: Cohort | None = None
+    """None for the search's trials."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +78,8 @@ class EpochDone:
     """Trainer to supervisor: the reports of all slots after one pack epoch."""
 
     reports: tuple[EpochReport, ...]
+    test: Mapping[str, DetectionMetrics] = field(default_factory=dict)
+    """Of a cohort's members that have ended, by key: their metrics on the test split, where there is one."""
 
 
 @dataclass(frozen=True, slots=True)

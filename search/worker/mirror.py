@@ -18,10 +18,11 @@ from typing import Any
 
 import optuna
 
+from search.confirm import ConfirmReport, latest_confirmation, noise_report, summary_metrics
 from search.database import init_lock
 from search.errors import LeaseLostError
 from search.fidelity import spearman, value_pairs
-from search.ledger import EpochRow, Ledger, Ticket, TicketState
+from search.ledger import NOISE, EpochRow, Ledger, Ticket, TicketState
 from search.space import hyperparameters
 from search.study import tell
 from search.tracking import TrackedState, Tracker
@@ -138,9 +139,10 @@ class Mirror:
         run_id = self._tracker.ensure_trial_run(
             self._context.record.name,
             self._ticket_key(ticket),
-            f"trial-{ticket.trial_number:05d}",
+            run_name(ticket),
             hyp.to_mapping(),
-            {**self._context.tags, "yolosearch.trial_number": str(ticket.trial_number)},
+            {**self._context.tags, **run_tags(ticket)},
+            ticket.kind if ticket.is_rerun else "trial",
         )
         try:
             self._ledger.set_run(ticket, run_id)
@@ -151,7 +153,8 @@ class Mirror:
 
     def _ticket_key(self, ticket: Ticket) -> str:
         # The time keeps a study apart from a deleted one of the same name, whose runs MLflow still has.
-        return f"{self._context.record.created:.0f}-{ticket.number:05d}"
+        kind = f"{ticket.kind}-" if ticket.is_rerun else ""
+        return f"{self._context.record.created:.0f}-{kind}{ticket.number:05d}"
 
     def _tracked(self, row: EpochRow) -> tuple[int, dict[str, float], float]:
         named = {metric_name(key, self._context.class_names): value for key, value in row.metrics.items()}
@@ -190,11 +193,14 @@ class Mirror:
 
     def _hyp_text(self, ticket: Ticket) -> str:
         hyp = hyperparameters(self._context.config, ticket.params or {})
-        return hyp.to_yaml([f"trial {ticket.trial_number} of study {ticket.study}, unconfirmed"])
+        rerun = f": trial {ticket.candidate} again (0 is the base)" if ticket.is_rerun else ", unconfirmed"
+        return hyp.to_yaml([f"{ticket.label} of study {ticket.study}{rerun}"])
 
     def _sync_summary(self, ticket: Ticket) -> None:
         """One point per finished trial on the summary run: the best value when that trial ended."""
         summary = self._summary_run()
+        if ticket.is_rerun:
+            self._sum_up_reruns(summary, ticket)
         if ticket.finished is None or ticket.trial_number is None:
             return
         best = self._ledger.best_value(ticket.study, until=ticket.finished)
@@ -212,6 +218,21 @@ class Mirror:
         if correlation is not None:
             point = {"fidelity/rank_correlation": correlation, "fidelity/pairs": float(len(pairs))}
             self._tracker.log_epochs(run_id, [(trial_number, point, until)])
+
+    def _sum_up_reruns(self, summary: str, ticket: Ticket) -> None:
+        """After the last rerun of its kind: what they show together."""
+        config = self._context.config
+        if any(self._ledger.open_counts(config.name, (ticket.kind,)).values()):
+            return
+        found = (
+            noise_report(self._ledger, config) if ticket.kind == NOISE else latest_confirmation(self._ledger, config)
+        )
+        if found is None or ticket.finished is None:
+            return
+        self._tracker.log_epochs(summary, [(found.done, summary_metrics(found), ticket.finished)])
+        self._tracker.log_artifacts(summary, {f"{ticket.kind}.json": json.dumps(found.to_json(), indent=1)})
+        if isinstance(found, ConfirmReport):
+            self._tracker.set_tags(summary, {"yolosearch.confirmation": found.verdict()})
 
     def _close_summary(self, run_id: str, counts: Mapping[TicketState, int]) -> None:
         tags = {f"yolosearch.trials.{state.lower()}": str(count) for state, count in counts.items()}
@@ -281,6 +302,25 @@ class Mirror:
             logger.warning("%s could not be sent, trying again: %s", what, error)
             return False
         return True
+
+
+def run_name(ticket: Ticket) -> str:
+    """What MLflow's table calls the run of a ticket."""
+    if not ticket.is_rerun:
+        return f"trial-{ticket.trial_number:05d}"
+    who = f"trial-{ticket.candidate:05d}" if ticket.candidate else "base"
+    return f"{ticket.kind}-{ticket.number:05d}-{who}-seed-{ticket.seed}"
+
+
+def run_tags(ticket: Ticket) -> dict[str, str]:
+    """What tells the runs of tickets apart."""
+    if not ticket.is_rerun:
+        return {"yolosearch.trial_number": str(ticket.trial_number)}
+    return {
+        "yolosearch.seed": str(ticket.seed),
+        "yolosearch.epochs": str(ticket.epochs),
+        "yolosearch.candidate": str(ticket.candidate),
+    }
 
 
 def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

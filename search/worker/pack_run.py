@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 from search.checkpoints import CheckpointStore
@@ -18,6 +18,7 @@ from search.weights import WeightsStore, complete_trials, kept_numbers, value_ro
 from search.worker.context import WorkerContext
 from search.worker.lease import LeaseKeeper
 from search.worker.messages import (
+    Cohort,
     EpochDone,
     PackCrashed,
     PackEnded,
@@ -30,6 +31,7 @@ from search.worker.messages import (
 from search.worker.mirror import Mirror
 from search.worker.trainer_link import TrainerLink
 from yolocore.errors import CheckpointError
+from yolocore.metrics import DetectionMetrics
 from yolocore.training.optim import EarlyStopping
 from yolocore.training.trainer import EpochReport
 
@@ -70,14 +72,19 @@ class PackRun:
         tickets: Sequence[Ticket],
         refill: Refill | None = None,
     ) -> None:
-        """Takes the tickets that start together; without `refill` they stay a cohort, which only shrinks."""
+        """Takes the tickets that start together, at least one; without `refill` the pack only shrinks.
+
+        Reruns have no trial in Optuna, are not pruned, and leave no weights.
+        """
         self._context = context
         self._config = context.config
         self._ledger = context.ledger
         self._mirror = mirror
         self._leases = leases
         self._trainer = trainer
-        self._checkpoints = store
+        self._cohort = cohort_of(tickets[0])
+        self._epochs = context.train.epochs if self._cohort is None else self._cohort.epochs
+        self._checkpoints = store if self._cohort is None else store.of_kind(self._cohort.kind)
         self._refill = refill
         self._weights = WeightsStore(store.place, context.config.name)
         self.alive = {ticket.id: ticket for ticket in tickets}
@@ -92,13 +99,13 @@ class PackRun:
             UserInputError: Data, weights or device cannot be used; no trial is to blame.
         """
         starts = tuple(self._start(ticket) for ticket in self.alive.values())
-        self._trainer.send(StartPack(starts, self.in_fidelity))
+        self._trainer.send(StartPack(starts, self.in_fidelity, self._cohort))
         while not isinstance(message := self._trainer.receive(), PackEnded):
             match message:
                 case Standing():
                     self._note_standing(message)
                 case EpochDone():
-                    self._settle(message.reports)
+                    self._settle(message)
                     over = tuple(report.key for report in message.reports if int(report.key) not in self.alive)
                     self._trainer.send(Verdict(over, self._join()))
                 case Secured():
@@ -152,7 +159,7 @@ class PackRun:
         self._ledger.save_progress(ticket, epochs, reference)
         # Only now: an attempt that is over has failed above, and deletes nothing of its successor's.
         self._tidy(partial(self._checkpoints.keep_latest, ticket.number, epochs))
-        if self._config.objective.at == "best" and self._config.train.keep_weights != "none":
+        if self._config.objective.at == "best" and self._keeps_weights:
             self._tidy(partial(self._drop_beaten_weights, ticket))
 
     def _drop_beaten_weights(self, ticket: Ticket) -> None:
@@ -163,12 +170,12 @@ class PackRun:
         if (file := self._weights.find(ticket.number, best)) is not None:
             self._weights.drop_before(ticket.number, file)
 
-    def _settle(self, reports: Sequence[EpochReport]) -> None:
+    def _settle(self, message: EpochDone) -> None:
         """Stores the epoch of every slot before any is judged, so that those at the same epoch are compared."""
         for ticket_id in self._leases.lost & set(self.alive):
             self._forget(self.alive[ticket_id])
-        for act in (self._store, self._judge):
-            for report in reports:
+        for act in (partial(self._store, test=message.test), self._judge):
+            for report in message.reports:
                 ticket = self.alive.get(int(report.key))
                 if ticket is not None:
                     self._unless_lost(ticket, partial(act, ticket, report))
@@ -180,19 +187,24 @@ class PackRun:
         except LeaseLostError:
             self._forget(ticket)
 
-    def _store(self, ticket: Ticket, report: EpochReport) -> None:
+    def _store(self, ticket: Ticket, report: EpochReport, test: Mapping[str, DetectionMetrics]) -> None:
         """Writes the report; a repeated epoch keeps what was stored the first time."""
         if report.failure is not None:
             self.fail(ticket, report.failure)
         elif report.metrics is not None:
-            metrics = epoch_metrics(report)
+            metrics = epoch_metrics(report, test.get(report.key))
             value = objective_value(self._config.objective, metrics, self._context.class_names)
+            if (tested := test.get(report.key)) is not None:
+                names = self._context.class_names
+                on_test = objective_value(self._config.objective, tested.to_mapping(), names)
+                metrics[f"{TEST_PREFIX}objective"] = on_test
             row = self._ledger.record_epoch(ticket, report.epoch, value, metrics, time.time())
-            mirror_reports(self._context.study, trial_id_of(ticket), [row])
+            if not ticket.is_rerun:
+                mirror_reports(self._context.study, trial_id_of(ticket), [row])
 
     def _judge(self, ticket: Ticket, report: EpochReport) -> None:
         """Ends the trial, or lets it go on."""
-        if report.epoch + 1 >= self._context.train.epochs:
+        if report.epoch + 1 >= self._epochs:
             self._end(ticket, TicketState.COMPLETE)
         elif report.metrics is not None and self._is_stuck(ticket, report.epoch):
             patience = self._context.train.patience
@@ -209,6 +221,8 @@ class PackRun:
         return early_stopping(patience, rows).exhausted(epoch)
 
     def _decide(self, ticket: Ticket, epoch: int) -> bool:
+        if ticket.is_rerun:
+            return False
         # Pruners change their state when asked, so each evaluation is asked about once and the answer is kept.
         stored = next((row for row in self._ledger.reports(ticket.id) if row.epoch == epoch), None)
         if stored is None or stored.prune is None:
@@ -230,10 +244,15 @@ class PackRun:
     ) -> None:
         self._ledger.finish(ticket, state, value, reason, epoch)
         self._close(ticket)
-        tell(self._context.study, trial_id_of(ticket), state, value)
+        if not ticket.is_rerun:
+            tell(self._context.study, trial_id_of(ticket), state, value)
         self._tidy(partial(self._checkpoints.delete, ticket.number))
-        if self._config.train.keep_weights != "none":
+        if self._keeps_weights:
             self._tidy(partial(self._sort_weights, ticket))
+
+    @property
+    def _keeps_weights(self) -> bool:
+        return self._cohort is None and self._config.train.keep_weights != "none"
 
     def _sort_weights(self, ticket: Ticket) -> None:
         """Keeps the weights of a trial that has ended if they count, and lets go of those that they beat."""
@@ -262,7 +281,7 @@ class PackRun:
 
     def _forget(self, ticket: Ticket) -> None:
         """Another worker continues this trial: nothing more of it is written here."""
-        logger.warning("trial %s was taken over by another worker", ticket.trial_number)
+        logger.warning("%s was taken over by another worker", ticket.label)
         self._close(ticket)
 
     def _close(self, ticket: Ticket) -> None:
@@ -287,9 +306,28 @@ def trial_id_of(ticket: Ticket) -> int:
     return ticket.trial_id
 
 
-def epoch_metrics(report: EpochReport) -> dict[str, float]:
+def cohort_of(ticket: Ticket) -> Cohort | None:
+    """The cohort of a rerun; None for a trial of the search.
+
+    Raises:
+        LookupError: A rerun without its seed or its length.
+    """
+    if not ticket.is_rerun:
+        return None
+    if ticket.seed is None or ticket.epochs is None:
+        raise LookupError(f"{ticket.label} of study {ticket.study} says neither seed nor epochs")
+    return Cohort(ticket.kind, ticket.seed, ticket.epochs)
+
+
+TEST_PREFIX = "test/"
+"""Of metrics on the test split."""
+
+
+def epoch_metrics(report: EpochReport, test: DetectionMetrics | None = None) -> dict[str, float]:
     """What the ledger keeps of an evaluated epoch: metrics, losses, learning rates, seconds."""
     metrics = report.metrics.to_mapping() if report.metrics is not None else {}
+    if test is not None:
+        metrics |= {f"{TEST_PREFIX}{key}": value for key, value in test.to_mapping().items()}
     bias, decay, norm = report.lr
     return {
         **metrics,

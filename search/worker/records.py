@@ -52,7 +52,7 @@ class MirrorContext:
 
 def metric_name(key: str, class_names: Sequence[str]) -> str:
     """How MLflow calls a metric of the ledger. The prefix is the chart's group."""
-    if key.startswith("class_ap/"):
-        name = class_names[int(key.removeprefix("class_ap/"))]
-        return "class_ap/" + re.sub(r"[^\w\-. ]", "_", name, flags=re.ASCII)
+    split, marker, index = key.rpartition("class_ap/")
+    if marker:
+        return f"{split}{marker}" + re.sub(r"[^\w\-. ]", "_", class_names[int(index)], flags=re.ASCII)
     return METRIC_NAMES.get(key, key)

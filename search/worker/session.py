@@ -17,7 +17,7 @@ from pathlib import Path
 from search.config import StudyConfig
 from search.demo import write_digits
 from search.errors import SearchError, StudyConflictError
-from search.ledger import Ledger, StudyRecord
+from search.ledger import KINDS, Ledger, StudyRecord
 from search.paths import StudyFolder, data_on_this_host
 from search.prepared import Prepared
 from search.study import load_study, open_worker_storage, warm_up
@@ -55,6 +55,7 @@ class WorkerOptions:
         checkpoints: Folder or fsspec URL that all workers of the study see; by default below `runs_dir`.
         hang_seconds: A trainer that says nothing for so long is killed.
         stop_seconds: A worker that was asked to end does so within this time, whatever is away; None waits.
+        kinds: Of the tickets that it takes, in this order.
         lease_seconds: How long a silent worker keeps its tickets. Longer than an outage that should be survived.
     """
 
@@ -70,6 +71,7 @@ class WorkerOptions:
     checkpoints: str | None = None
     hang_seconds: float = HANG_SECONDS
     stop_seconds: float | None = None
+    kinds: tuple[str, ...] = KINDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +149,7 @@ def _open(options: WorkerOptions, ledger: Ledger, record: StudyRecord, config: S
         checkpoints=options.checkpoints or str(options.runs_dir),
         owner=record.owner,
         hang_seconds=options.hang_seconds,
+        kinds=options.kinds,
         deadline=None if timeout is None else time.time() + timeout,
     )
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from search.errors import LeaseLostError, StudyStoppedError
 from search.fidelity import in_fidelity
-from search.ledger import MAX_STALLED, Ticket
+from search.ledger import MAX_STALLED, SEARCH, Ticket
 from search.space import PackKey, pack_key, packs_by_value
 from search.worker.context import WorkerContext
 from search.worker.host import release_dead_neighbours
@@ -56,14 +56,35 @@ class Supply:
         """The most trials that the pack may have."""
 
     def first(self, limit: int) -> tuple[Ticket, ...]:
-        """Tickets with their trials, for a new pack; none if there are none or it is over.
+        """Tickets for a new pack, of one kind, trials with their parameters; none if there are none or it is over.
 
         Raises:
-            StudyStoppedError: The study gives out no more tickets.
+            StudyStoppedError: The search gives out no more tickets, and there are no others.
         """
+        for kind in () if self._is_over() else self._context.kinds:
+            found = self._first_trials(limit) if kind == SEARCH else self._cohort(kind, limit)
+            if found:
+                return found
+        return ()
+
+    def _cohort(self, kind: str, limit: int) -> tuple[Ticket, ...]:
+        """Reruns of one seed that stand at the same epoch; they are claimed at once, so that no two workers share them.
+
+        Those that the pack has no room for come in a later one, or in another worker's, on the same images.
+        """
+        tickets = self._claim(limit, kind=kind, joining=False, alike=self._alike)
+        for ticket in tickets:
+            self._mirror.notify(ticket.id)
+        return tickets
+
+    def _alike(self, first: Ticket, other: Ticket) -> bool:
+        """Whether two reruns may share a pack."""
+        if (first.seed, first.epochs, first.epochs_done) != (other.seed, other.epochs, other.epochs_done):
+            return False
+        return pack_key(self._config, first.params or {}) == pack_key(self._config, other.params or {})
+
+    def _first_trials(self, limit: int) -> tuple[Ticket, ...]:
         self._group, self._limit = None, limit
-        if self._is_over():
-            return ()
         if not packs_by_value(self._config) and self._config.fidelity is None:
             return self._with_trials(self._claim(limit, joining=False))
         first = self._with_trials(self._claim(1, joining=False))
@@ -137,11 +158,19 @@ class Supply:
         self._forget_ended()
 
     def _claim(
-        self, limit: int, *, joining: bool, accept: Callable[[Ticket], bool] | None = None
+        self,
+        limit: int,
+        *,
+        joining: bool,
+        kind: str = SEARCH,
+        accept: Callable[[Ticket], bool] | None = None,
+        alike: Callable[[Ticket, Ticket], bool] | None = None,
     ) -> tuple[Ticket, ...]:
         self._forget_ended()
         name, worker, seconds = self._config.name, self._context.worker_id, self._context.lease_seconds
-        tickets = self._ledger.claim(name, worker, limit, seconds, joining=joining, accept=accept)
+        tickets = self._ledger.claim(
+            name, worker, limit, seconds, kind=kind, joining=joining, accept=accept, alike=alike
+        )
         self._claimed.update({ticket.id: ticket for ticket in tickets})
         self._leases.hold(ticket.id for ticket in tickets)
         return tickets

@@ -30,6 +30,7 @@ from search.weights import WeightsStore
 from search.worker.messages import (
     Alive,
     CapacityMeasured,
+    Cohort,
     EpochDone,
     MeasureCapacity,
     Measured,
@@ -44,6 +45,7 @@ from search.worker.messages import (
 from yolocore.errors import CheckpointError, InputError, TrainingError, YolocoreError
 from yolocore.hyperparameters import Hyperparameters
 from yolocore.memory import is_out_of_memory
+from yolocore.metrics import DetectionMetrics
 from yolocore.training.capacity import measure_capacity
 from yolocore.training.config import TrainConfig
 from yolocore.training.optim import EarlyStopping
@@ -76,8 +78,14 @@ class TrainerSettings:
     """Whether the weights of the epochs that give trials their values are stored."""
 
     def open_checkpoints(self) -> CheckpointStore:
-        """The store of this study's checkpoints."""
+        """The store of this study's checkpoints: those of its trials."""
         return CheckpointStore(self.checkpoints, self.folder.study, owner=self.owner)
+
+    def train_config(self, pack: StartPack) -> TrainConfig:
+        """How a pack is trained."""
+        if pack.cohort is not None:
+            return replace(self.train, seed=pack.cohort.seed, epochs=pack.cohort.epochs)
+        return self.fidelity or self.train if pack.in_fidelity else self.train
 
     def weights_metadata(self, ticket_number: int, epochs_done: int) -> dict[str, str]:
         """What a file of trained weights says about itself."""
@@ -132,8 +140,10 @@ class _Trainer:
     def __init__(self, connection: Connection, settings: TrainerSettings) -> None:
         self._connection = connection
         self._settings = settings
-        self._store = settings.open_checkpoints()
+        self._trials_store = self._store = settings.open_checkpoints()
         self._weights = WeightsStore(self._store.place, settings.folder.study)
+        self._config = settings.train
+        self._cohort: Cohort | None = None
         self._data: TrainingData | None = None
         self._in_fidelity = False
         self._trials: dict[str, _Trial] = {}
@@ -155,9 +165,8 @@ class _Trainer:
         """Trains until the supervisor closes the pipe."""
         while True:
             match self._connection.recv():
-                case StartPack(trials, in_fidelity):
-                    self._in_fidelity = in_fidelity
-                    self._send(self._guarded(partial(self._train, trials), PackEnded()))
+                case StartPack() as pack:
+                    self._send(self._guarded(partial(self._train, pack), PackEnded()))
                 case MeasureCapacity() as task:
                     self._send(self._guarded(partial(self._measure, task), Measured()))
 
@@ -188,32 +197,46 @@ class _Trainer:
                 return
             self._send(CapacityMeasured(capacity))
 
-    def _train(self, trials: Sequence[TrialStart]) -> None:
+    def _train(self, pack: StartPack) -> None:
         """Trains a pack from its first trials on until nobody is left in it and nobody joins."""
-        self._trials.clear()
-        self._owed = 0
-        self._heard.clear()
-        self._started = False
+        self._prepare(pack)
         with self._pulse():
-            data = self._training_data(trials[0].hyperparameters)
-        fidelity = self._settings.fidelity if self._in_fidelity else None
+            data = self._training_data(pack.trials[0].hyperparameters)
+            if self._cohort is not None:
+                data.test_loader()
+        starts = self._admit(pack.trials)
+        if self._cohort is not None and len({trial.secured for trial in self._trials.values()}) > 1:
+            return
         trainer = PackTrainer(
-            fidelity or self._settings.train,
-            self._admit(trials),
-            on_batch=self._on_batch,
-            on_evaluation_batch=self._tell_alive,
-            data=data,
+            self._config, starts, on_batch=self._on_batch, on_evaluation_batch=self._tell_alive, data=data
         )
         self._started = True
         while not trainer.finished:
             reports = trainer.run_epoch()
             if not self._in_fidelity:
                 self._keep_weights(trainer, reports)
-            self._send(EpochDone(tuple(reports)))
+            self._send(EpochDone(tuple(reports), self._on_test(trainer, reports)))
             self._owed += 1
             self._obey(trainer)
             if not self._in_fidelity:
                 self._secure(trainer)
+
+    def _prepare(self, pack: StartPack) -> None:
+        """Forgets the pack before, and takes note of what kind this one is."""
+        self._trials.clear()
+        self._owed = 0
+        self._heard.clear()
+        self._started = False
+        self._cohort = pack.cohort
+        self._in_fidelity = pack.in_fidelity
+        self._config = self._settings.train_config(pack)
+        self._store = self._trials_store if pack.cohort is None else self._trials_store.of_kind(pack.cohort.kind)
+
+    def _on_test(self, trainer: PackTrainer, reports: Sequence[EpochReport]) -> Mapping[str, DetectionMetrics]:
+        """What the members of a cohort that end now score on the test split."""
+        if self._cohort is None:
+            return {}
+        return trainer.evaluate_on_test([report.key for report in reports if self._is_last(report)])
 
     def _admit(self, trials: Sequence[TrialStart]) -> list[SlotStart]:
         """Loads the checkpoints of trials that enter the pack, and says where each really stands."""
@@ -232,7 +255,7 @@ class _Trainer:
             return None
         try:
             found = self._store.load(trial.number, trial.epochs_done, trial.checkpoint)
-            check_state(f"of trial {trial.number}", found.tree, self._settings.train)
+            check_state(f"of trial {trial.number}", found.tree, self._config)
         except (CheckpointError, TrainingError) as error:
             notes.append(f"trial {trial.number} starts over with its seed, its checkpoint is unusable: {error}")
             return None
@@ -274,7 +297,7 @@ class _Trainer:
 
     def _keep_weights(self, trainer: PackTrainer, reports: Sequence[EpochReport]) -> None:
         """Writes the weights of the epoch that gives a trial its value: its last one, or its best one so far."""
-        for report in reports if self._settings.keep_weights else ():
+        for report in reports if self._settings.keep_weights and self._cohort is None else ():
             if report.metrics is not None and report.failure is None and self._counts(report):
                 trial, epochs = self._trials[report.key].start, report.epoch + 1
                 metadata = self._settings.weights_metadata(trial.number, epochs)
@@ -287,14 +310,19 @@ class _Trainer:
         assert report.metrics is not None
         trial = self._trials[report.key]
         if self._settings.objective.at == "last":
-            # The supervisor, who decides from the stored epochs, will find the same.
-            is_stuck = trial.stopping.update(report.epoch, report.metrics.fitness)
-            return is_stuck or report.epoch + 1 >= self._settings.train.epochs
+            return self._is_last(report)
         value = objective_value(self._settings.objective, report.metrics.to_mapping(), self._settings.class_names)
         if value < trial.best:
             return False
         trial.best = value
         return True
+
+    def _is_last(self, report: EpochReport) -> bool:
+        """Whether the trial ends with this epoch; to be asked once. The supervisor will find the same."""
+        if report.metrics is None or report.failure is not None:
+            return False
+        is_stuck = self._trials[report.key].stopping.update(report.epoch, report.metrics.fitness)
+        return is_stuck or report.epoch + 1 >= self._config.epochs
 
     def _secure(self, trainer: PackTrainer) -> None:
         """Puts every slot that goes on on disk, those apart that have just joined."""

@@ -10,7 +10,7 @@ from functools import partial
 
 from search.errors import LeaseLostError, StudyStoppedError
 from search.fidelity import in_fidelity
-from search.ledger import MAX_STALLED, Ticket, TicketState
+from search.ledger import MAX_STALLED, SEARCH, Ticket, TicketState
 from search.space import pack_limit
 from search.study import orphans, tell
 from search.worker.capacity import is_measured, largest_useful, measured_limit
@@ -52,7 +52,7 @@ class Worker:
         """Works until nothing is left.
 
         Returns:
-            Number of trials that ended here.
+            Number of trials and reruns that ended here.
 
         Raises:
             StudyStoppedError: Too many trials in a row failed.
@@ -71,7 +71,7 @@ class Worker:
         return self._conclude()
 
     def _conclude(self) -> int:
-        """Number of trials that ended here; after the last of the study, Optuna has no trial open either."""
+        """Number of tickets that ended here; after the last of the search, Optuna has no trial open either."""
         if not any(self._ledger.open_counts(self._config.name).values()):
             # A ticket that failed between `ask` and its link leaves a trial that nobody pays for.
             # Not one of a ticket that was added just now.
@@ -87,15 +87,15 @@ class Worker:
             False if there was nothing to train.
         """
         try:
-            if any(self._ledger.open_counts(self._config.name).values()):
+            if any(self._open_counts().values()):
                 # Before anything is held: a signal that arrives during the first start finds nothing to hand back.
                 self._trainer.start()
                 self._measure()
             tickets = self._supply.first(self._limit)
-            # Who may kill the trainer once more has it to itself.
-            last_chance = any(ticket.stalled_attempts >= MAX_STALLED - 1 for ticket in tickets)
+            # Who may kill the trainer once more has it to itself, and a cohort of reruns stays as it started.
+            is_closed = any(ticket.is_rerun or ticket.stalled_attempts >= MAX_STALLED - 1 for ticket in tickets)
             if tickets:
-                self._train(tickets, None if last_chance else self._refill)
+                self._train(tickets, None if is_closed else self._refill)
             return bool(tickets)
         except StopRequested:
             return True
@@ -122,7 +122,11 @@ class Worker:
         self._ledger.set_pack(self._context.worker_id, limit)
 
     def _others_are_busy(self) -> bool:
-        return self._ledger.open_counts(self._config.name)[TicketState.RUNNING] > 0
+        return self._open_counts()[TicketState.RUNNING] > 0
+
+    def _open_counts(self) -> dict[TicketState, int]:
+        """Of the tickets that it may take."""
+        return self._ledger.open_counts(self._config.name, self._context.kinds)
 
     def _past_deadline(self) -> bool:
         return self._context.deadline is not None and time.time() >= self._context.deadline
@@ -132,7 +136,9 @@ class Worker:
         return self._stop.is_set or self._past_deadline() or self._failures() is not None
 
     def _failures(self) -> int | None:
-        """How many trials in a row failed, if they are too many."""
+        """How many trials in a row failed, if they are too many; a worker that takes no trials does not mind."""
+        if SEARCH not in self._context.kinds:
+            return None
         count = self._ledger.failures_in_a_row(self._config.name)
         return count if count >= self._config.max_failures_in_a_row else None
 
@@ -190,7 +196,7 @@ class Worker:
             self._ledger.abandon(ticket, str(crash))
             self._mirror.notify(ticket.id)
         elif isinstance(crash, PackCrashedError) and not crash.started and ticket.epochs_done > 0:
-            logger.warning("trial %s starts over with its seed: its checkpoint is unusable", ticket.trial_number)
+            logger.warning("%s starts over with its seed: its checkpoint is unusable", ticket.label)
             self._train([self._ledger.save_progress(ticket, 0, None)])
         else:
             run.fail(ticket, str(crash))

@@ -18,7 +18,7 @@ from test_config import BROKEN as BROKEN_STUDIES
 from test_config import GOOD
 from tiny import NAME, TinyStudy, make_study, wait_for
 
-from search import cli_dashboard, cli_doctor, cli_init, cli_launch, cli_studies, cli_watch
+from search import cli_confirm, cli_dashboard, cli_doctor, cli_init, cli_launch, cli_studies, cli_watch
 from search.cli import app, main
 from search.ledger import TicketState, WorkerState
 from yolocore.hyperparameters import Hyperparameters
@@ -38,7 +38,7 @@ COMMANDS = [
     "export",
     "ui",
 ]
-COMMANDS += ["doctor", "list", "clone", "retry", "clean", "delete"]
+COMMANDS += ["noise", "confirm", "doctor", "list", "clone", "retry", "clean", "delete"]
 
 
 class Result(NamedTuple):
@@ -86,7 +86,16 @@ def test_help_names_every_command(yolosearch: Command) -> None:
     result = yolosearch("--help")
 
     assert result.code == 0
-    apps = (app, cli_dashboard.app, cli_doctor.app, cli_init.app, cli_launch.app, cli_studies.app, cli_watch.app)
+    apps = (
+        app,
+        cli_confirm.app,
+        cli_dashboard.app,
+        cli_doctor.app,
+        cli_init.app,
+        cli_launch.app,
+        cli_studies.app,
+        cli_watch.app,
+    )
     registered = [command for part in apps for command in part.registered_commands]
     names = sorted(info.name or info.callback.__name__ for info in registered if info.callback)
     assert names == sorted(COMMANDS)

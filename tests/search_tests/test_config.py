@@ -367,7 +367,7 @@ def test_require_resumable_accepts_another_budget_only() -> None:
     with pytest.raises(StudyConflictError) as caught:
         require_resumable(study(), study(trials=40, objective="map"))
 
-    only = "allowed: changes of timeout and trials only, anything else is a study with another name"
+    only = "allowed: changes of noise.seeds, timeout, trials only, anything else is a study with another name"
     assert str(caught.value).splitlines() == [
         f"study blood: objective.weights.fitness: got null, the database has 1.0; {only}",
         f"study blood: objective.weights.map: got 1.0, the database has null; {only}",

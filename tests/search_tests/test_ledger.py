@@ -957,7 +957,7 @@ def test_initialise_upgrades_the_first_schema_and_keeps_its_rows(ledger: Ledger,
     with engine.begin() as connection:
         for columns in ("study_kind_retry_of", "study_state_finished", "study_state_value"):
             connection.execute(sa.text(f"DROP INDEX ix_yolosearch_ticket_{columns}"))
-        for column in ("retry_of", "fidelity_value", "promoted"):
+        for column in ("retry_of", "fidelity_value", "promoted", "candidate", "seed", "epochs"):
             connection.execute(sa.text(f"ALTER TABLE yolosearch_ticket DROP COLUMN {column}"))
         connection.execute(sa.text("DROP TABLE yolosearch_fidelity"))
         connection.execute(sa.text("ALTER TABLE yolosearch_worker DROP COLUMN pack"))

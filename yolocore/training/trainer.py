@@ -1,8 +1,9 @@
 """Training as the rest of the house sees it: starts in, one report per slot and epoch out."""
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import numpy as np
@@ -10,11 +11,11 @@ import torch
 from torch import Tensor
 
 from yolocore.data.augment import AugmentSettings
-from yolocore.data.dataset import load_dataset_config, scan_split
+from yolocore.data.dataset import SplitName, load_dataset_config, scan_split
 from yolocore.data.loader import Batch, TrainLoader, ValLoader
 from yolocore.data.sampling import class_weights
 from yolocore.device import resolve_device, resolve_precision
-from yolocore.errors import TrainingError
+from yolocore.errors import DatasetError, TrainingError
 from yolocore.evaluate import evaluate
 from yolocore.host import loader_processes
 from yolocore.hyperparameters import Hyperparameters
@@ -23,6 +24,8 @@ from yolocore.training.config import TrainConfig
 from yolocore.training.multiscale import batch_sizes
 from yolocore.training.pack import Pack, PackSlot, SlotEpoch, check_compatible, fresh_state
 from yolocore.training.start import start_weights
+
+_log = logging.getLogger(__name__)
 
 VALIDATION_BATCH_FACTOR = 2
 """Validation keeps no gradients and takes larger batches."""
@@ -85,6 +88,8 @@ class TrainingData:
     validation: ValLoader
     settings: AugmentSettings
     seed: int
+    _test: ValLoader | None = field(default=None, init=False)
+    _test_is_read: bool = field(default=False, init=False)
 
     @classmethod
     def load(cls, config: TrainConfig, hyperparameters: Hyperparameters) -> Self:
@@ -107,10 +112,21 @@ class TrainingData:
         train_loader = TrainLoader(
             train, settings, size, config.batch_size, config.seed, workers=loaders, rect=config.rect, **common
         )
-        batch = VALIDATION_BATCH_FACTOR * config.batch_size
-        # Without augmentation an image is half the work.
-        validation_loader = ValLoader(scan_split(data, "val"), size, batch, workers=(loaders + 1) // 2, **common)
-        return cls(config, data.num_classes, train_loader, validation_loader, settings, config.seed)
+        return cls(
+            config, data.num_classes, train_loader, _evaluation_loader(config, "val", device), settings, config.seed
+        )
+
+    def test_loader(self) -> ValLoader | None:
+        """The batches of the test split, read when first asked for; None where the data set has none to judge by."""
+        if not self._test_is_read:
+            self._test_is_read = True
+            data = load_dataset_config(self.config.data, single_class=self.config.single_cls)
+            if data.entries("test"):
+                try:
+                    self._test = _evaluation_loader(self.config, "test", resolve_device(self.config.device).type)
+                except DatasetError as error:
+                    _log.warning("the test split is left out: %s", error)
+        return self._test
 
     def stream(self, config: TrainConfig, hyperparameters: Hyperparameters) -> TrainLoader:
         """The training loader for a pack with these augmentation keys and this seed, over the same decoded images.
@@ -133,6 +149,22 @@ class TrainingData:
         """Stop the worker processes, if any; the caches stay."""
         self.train.close()
         self.validation.close()
+        if self._test is not None:
+            self._test.close()
+
+
+def _evaluation_loader(config: TrainConfig, split: SplitName, device: str) -> ValLoader:
+    """The batches that models are evaluated on; without augmentation an image is half the work."""
+    data = load_dataset_config(config.data, single_class=config.single_cls)
+    loaders = loader_processes(config.workers, device, 3 * config.batch_size * config.image_size**2)
+    return ValLoader(
+        scan_split(data, split),
+        config.image_size,
+        VALIDATION_BATCH_FACTOR * config.batch_size,
+        config.cache,
+        (loaders + 1) // 2,
+        pin_memory=device == "cuda",
+    )
 
 
 class PackTrainer:
@@ -295,22 +327,34 @@ class PackTrainer:
 
     def _evaluate(self) -> dict[str, DetectionMetrics]:
         """One pass over the validation images for all slots that are due, each on its own grid of epochs."""
-        pack = self._pack
-        due = [] if pack is None else [index for index, done in enumerate(pack.epochs) if self._is_evaluated(done)]
-        if pack is None or not due:
+        due = [key for key, done in self.epochs.items() if self._is_evaluated(done)]
+        found = self._evaluate_on(self.data.validation, due)
+        self._class_map.update({key: class_map(metrics, self.data.num_classes) for key, metrics in found.items()})
+        return found
+
+    def evaluate_on_test(self, keys: Sequence[str]) -> dict[str, DetectionMetrics]:
+        """Score the moving averages of some slots on the test split; empty where the data set has none.
+
+        Raises:
+            TrainingError: A key is not in the pack.
+        """
+        loader = self.data.test_loader() if keys else None
+        return {} if loader is None else self._evaluate_on(loader, keys)
+
+    def _evaluate_on(self, loader: ValLoader, keys: Sequence[str]) -> dict[str, DetectionMetrics]:
+        if not keys:
             return {}
+        pack, due = self._existing(), [self._index(key) for key in keys]
         weights = pack.loss_weights if len(due) == len(pack.keys) else pack.loss_weights.select(due)
         results = evaluate(
             pack.evaluation_model(due),
-            self._watched(self.data.validation),
+            self._watched(loader),
             weights,
             pack.hyperparameters[0].anchor_t,
             self.device,
             self.precision,
         )
-        found = {pack.keys[index]: metrics for index, metrics in zip(due, results, strict=True)}
-        self._class_map.update({key: class_map(metrics, self.data.num_classes) for key, metrics in found.items()})
-        return found
+        return dict(zip(keys, results, strict=True))
 
     def _is_evaluated(self, done: int) -> bool:
         return done % self.config.eval_every == 0 or done == self.config.epochs
