@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Literal
 
 from search.config import StudyConfig
+from search.confirm import latest_confirmation, noise_report
 from search.ledger import KINDS, SEARCH, EpochRow, Ledger, StudyRecord, Ticket, TicketState, base_numbers
 from search.settings import SpaceEntry
 from search.space import hyperparameters
@@ -130,10 +131,12 @@ class StudyData:
         return {self.class_name(index): found[index] for index in sorted(found)}
 
 
-def read_study_data(
-    ledger: Ledger, config: StudyConfig, class_names: Sequence[str] = (), confirmation: Confirmation | None = None
-) -> StudyData:
-    """Reads a study's rows."""
+def read_study_data(ledger: Ledger, config: StudyConfig, class_names: Sequence[str] = ()) -> StudyData:
+    """Reads a study's rows, and what its reruns say; a confirmation that is under way says nothing yet."""
+    report = latest_confirmation(ledger, config)
+    if report is not None and not report.is_over:
+        report = None
+    spread = noise_report(ledger, config).spread
     return StudyData(
         record=ledger.study(config.name),
         config=config,
@@ -141,7 +144,9 @@ def read_study_data(
         every_ticket=ledger.tickets(config.name, KINDS),
         reports=ledger.all_reports(config.name, KINDS),
         now=ledger.now(),
-        confirmation=confirmation,
+        confirmation=None if report is None else report.decisive,
+        noise=None if spread is None else spread.sd,
+        candidates={} if report is None else {one.name: one.trial for one in report.candidates},
     )
 
 

@@ -22,6 +22,7 @@ from search.database import make_engine
 from search.errors import StudyStoppedError, UserInputError
 from search.export import best_trial, header
 from search.ledger import CONFIRM, NOISE, RERUN_KINDS, Ledger, StudyRecord, Ticket, TicketState
+from search.review import read_study_data
 from search.statistics import ALPHA, power, seeds_needed
 
 SEED_SD, NOISE_SD = 0.012, 0.01
@@ -320,6 +321,20 @@ def test_confirm_report_candidate_that_failed_is_not_compared(ledger: Ledger, co
     assert [(one.number, one.failure) for one in report.candidates] == [(4, "loss is not finite"), (3, None)]
     assert [c.candidate for c in report.judgements[0].result.comparisons] == ["trial 3"]
     assert report.is_over
+
+
+def test_read_study_data_has_what_the_reruns_say_once_it_is_said(ledger: Ledger, config: StudyConfig) -> None:
+    add_noise(ledger, config, 2)
+    rerun_all(ledger, NOISE, {})
+    add_confirmation(ledger, config, top=2, seeds=4, epochs=3)
+    assert read_study_data(ledger, config).confirmation is None
+    rerun_all(ledger, CONFIRM, {3: 0.05})
+
+    data = read_study_data(ledger, config)
+
+    assert data.best is not None
+    assert (data.best.number, data.candidates) == (3, {"trial 4": 4, "trial 3": 3})
+    assert data.noise == pytest.approx(noise_report(ledger, config).spread.sd)  # type: ignore[union-attr]
 
 
 # ---- export ----------------------------------------------------------------------------------------------------------
