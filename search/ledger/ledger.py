@@ -635,11 +635,11 @@ class Ledger:
             grouped.setdefault(report.ticket_id, []).append(report)
         return {ticket_id: tuple(rows) for ticket_id, rows in grouped.items()}
 
-    def counts(self, study: str) -> dict[TicketState, int]:
-        """How many tickets of the search are in each state; every state is a key."""
+    def counts(self, study: str, kinds: Collection[str] = (SEARCH,)) -> dict[TicketState, int]:
+        """How many tickets (of the search) are in each state; every state is a key."""
         state = ticket_table.c.state
-        of_search = (ticket_table.c.study == study) & (ticket_table.c.kind == SEARCH)
-        query = sa.select(state, sa.func.count()).where(of_search).group_by(state)
+        wanted = (ticket_table.c.study == study) & ticket_table.c.kind.in_(sorted(kinds))
+        query = sa.select(state, sa.func.count()).where(wanted).group_by(state)
         found = self._read(lambda connection: {row[0]: row[1] for row in connection.execute(query)})
         return {state: found.get(state, 0) for state in TicketState}
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import yaml
 
-from search.ledger import Ledger, Ticket, WorkerState
+from search.ledger import KINDS, Ledger, Ticket, WorkerState
 from search.render import NOTE_FILE, STUDY, RenderJob, start
 from search.review import StudyData, findings, read_study_data
 from search.space import hyperparameters
@@ -77,7 +77,7 @@ class Gallery:
 
     def finish(self, summary: Callable[[], str]) -> None:
         """What a finished study shows; where trials are still open, somebody else draws it."""
-        if not self._wanted or any(self._ledger.open_counts(self._study).values()):
+        if not self._wanted or any(self._ledger.open_counts(self._study, KINDS).values()):
             self.close()
             return
         run_id, ended = summary(), self._ended()
@@ -108,7 +108,7 @@ class Gallery:
         return first is None or first.id == self._context.worker_id
 
     def _ended(self) -> int:
-        counts = self._ledger.counts(self._study)
+        counts = self._ledger.counts(self._study, KINDS)
         return sum(count for state, count in counts.items() if state.is_final)
 
     def _start(self) -> None:
