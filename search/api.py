@@ -25,6 +25,7 @@ from search.ledger import KINDS, Ledger, Ticket
 from search.paths import StudyFolder, default_runs_dir
 from search.report import StudyRows, StudyStatus, headline, study_status
 from search.snapshot import Snapshot, take_snapshot
+from search.transforms import shown_params
 from search.worker.existing import HANG_SECONDS, OUTAGE_SECONDS, open_existing, refuse_shared_database
 
 if TYPE_CHECKING:
@@ -221,7 +222,7 @@ class Study:
 
         rows = StudyRows.read(self.ledger, self.name)
         tickets = [ticket for ticket in rows.tickets if ticket.kind == "search"]
-        records = [_record(ticket, rows) for ticket in tickets]
+        records = [_record(ticket, rows, self.config) for ticket in tickets]
         return pd.DataFrame.from_records(records, columns=_columns(records)).set_index("trial")
 
     def curves(self) -> pd.DataFrame:
@@ -378,7 +379,7 @@ def _runs(runs_dir: str | Path | None) -> Path:
     return Path(runs_dir or default_runs_dir()).resolve()
 
 
-def _record(ticket: Ticket, rows: StudyRows) -> dict[str, Any]:
+def _record(ticket: Ticket, rows: StudyRows, config: StudyConfig) -> dict[str, Any]:
     """One trial as a row of a table."""
     reports = rows.reports.get(ticket.id, ())
     counted = [report for report in reports if report.epoch == ticket.best_epoch] or list(reports)
@@ -390,7 +391,7 @@ def _record(ticket: Ticket, rows: StudyRows) -> dict[str, Any]:
         "epochs": max([ticket.epochs_done, *(report.epoch + 1 for report in reports)]),
         "seconds": None if ticket.started is None else (ticket.finished or rows.now) - ticket.started,
         "reason": ticket.reason,
-        **(ticket.params or {}),
+        **shown_params(config, ticket.params or {}),
         **({} if last is None else last.metrics),
     }
 

@@ -48,7 +48,8 @@ from search.launch.local import LocalLauncher
 from search.launch.plan import LaunchPlan, choose_gpus, choose_workers
 from search.ledger import CONFIRM, KINDS, NOISE, SEARCH, Ledger
 from search.paths import StudyFolder
-from search.report import StudyStatus, comparison_table, headline, study_status, trials_table
+from search.ranges import OWN_BASE, POWER_KEY
+from search.report import StudyStatus, bound_lines, comparison_table, headline, study_status, trials_table
 from search.worker.existing import HANG_SECONDS, OUTAGE_SECONDS, open_existing
 from search.worker.lease import DEFAULT_LEASE_SECONDS
 from yolocore.errors import InputError
@@ -356,11 +357,11 @@ def _print_outcome(job: Job, as_json: bool, *, every_trial: bool) -> None:
 
 
 def _print_comparison(config: StudyConfig, status: StudyStatus) -> None:
-    from search.space import hyperparameters
-
-    base = config.base_hyperparameters()
-    best = base if status.best is None else hyperparameters(config, status.best.params)
-    out.print(comparison_table(status, base.to_mapping(), best.to_mapping()))
+    own = {key: OWN_BASE[key] for key in config.space if key == POWER_KEY}
+    base = {**config.base_hyperparameters().to_mapping(), **own}
+    out.print(comparison_table(status, base, {**base, **({} if status.best is None else status.best.params)}))
+    for line in bound_lines(status):
+        out.print(line)
 
 
 def _command() -> str:

@@ -21,12 +21,15 @@ from pydantic import (
     BeforeValidator,
     Field,
     PlainValidator,
+    PrivateAttr,
     ValidationError,
 )
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from search.data_facts import PREPARED_KEY, DataFacts
 from search.errors import StudyConfigError, StudyConflictError
+from search.ranges import OWN_BASE, POWER_KEY, RATIO_KEYS, default_space, expanded_space, widened
 from search.settings import (
     CLASS_AP,
     METRICS,
@@ -63,7 +66,14 @@ from search.settings import (
     path_or_mapping,
 )
 from yolocore.errors import HyperparameterError
-from yolocore.hyperparameters import HYPERPARAMETER_KEYS, IGNORED_KEYS, RANGES, SHARED_KEYS, Hyperparameters
+from yolocore.hyperparameters import (
+    HYPERPARAMETER_KEYS,
+    IGNORED_KEYS,
+    PER_CLASS_KEY,
+    RANGES,
+    SHARED_KEYS,
+    Hyperparameters,
+)
 
 if TYPE_CHECKING:
     from yolocore.training.config import TrainConfig
@@ -79,9 +89,6 @@ MOST_RERUN_SEEDS = 1000
 
 STUDY_WIDE_KEYS = frozenset({"pack", "autoanchor", "keep_weights"})
 """Keys of `train` that are settled before a training starts."""
-
-PREPARED_KEY = "prepared"
-"""Where the frozen form keeps what was worked out when the study was created (`search.prepared`)."""
 
 BUILTIN_DATA = ("digits",)
 """Data sets that `data: builtin:NAME` can name."""
@@ -112,8 +119,10 @@ class StudyConfig(Section):
         Field(json_schema_extra=allowed_text("the path of a hyp YAML, or a mapping of hyp keys to numbers")),
     ] = None
     """Trial 0, and the value of every key that is not searched."""
-    space: dict[str, Annotated[SpaceEntry, BeforeValidator(choice_list)]]
-    """The searched hyp keys."""
+    space: dict[str, Annotated[SpaceEntry, BeforeValidator(choice_list)]] = Field(default_factory=default_space)
+    """The searched keys; without it the six loss weights, each with its default range."""
+    parametrisation: Literal["raw", "ratios"] = "raw"
+    """Search the gains box, obj and cls as they are, or as one scale and their ratios to obj."""
     sampler: Annotated[
         SamplerConfig, BeforeValidator(named), Field(json_schema_extra=allowed_text(NAME_OR_MAPPING))
     ] = TpeSampler(name="tpe")
@@ -144,6 +153,12 @@ class StudyConfig(Section):
     """Reruns of the base, to know what a difference is worth."""
     tracking: TrackingConfig = TrackingConfig()
     """Where MLflow records."""
+    _facts: DataFacts | None = PrivateAttr(None)
+
+    @property
+    def facts(self) -> DataFacts | None:
+        """What its space needs to know of the data; None unless it comes from the database and needs something."""
+        return self._facts
 
     @property
     def builtin_data(self) -> str | None:
@@ -174,7 +189,7 @@ class StudyConfig(Section):
 
     def to_json(self) -> dict[str, Any]:
         """The frozen form: plain JSON data with the whole base hyp in it, independent of any file but the data's."""
-        return {**self.model_dump(mode="json"), "base_hyp": self.base_hyperparameters().to_mapping()}
+        return {**self.model_dump(mode="json"), "base_hyp": self.base_hyperparameters().to_document()}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "StudyConfig":
@@ -182,7 +197,9 @@ class StudyConfig(Section):
         own = {key: value for key, value in data.items() if key != PREPARED_KEY}
         if "train" in own and "patience" not in own["train"]:
             own["train"] = {**own["train"], "patience": FORMER_DEFAULTS["patience"]}
-        return parse_study(own, source=f"study {data.get('name')} in the database")
+        config = parse_study(own, source=f"study {data.get('name')} in the database")
+        config._facts = DataFacts.of(data)
+        return config
 
     def differing_keys(self, other: "StudyConfig") -> list[str]:
         """Dotted keys whose values differ, those of the budget included."""
@@ -220,6 +237,8 @@ def parse_study(
     if not isinstance(data, dict):
         kind = "nothing" if data is None else f"a {type(data).__name__}"
         raise StudyConfigError(f"{source}: holds {kind}; allowed: a mapping with name, data, space, trials, ...")
+    space, left_open = expanded_space(data.get("space"), data.get("parametrisation"))
+    data = {**data, "space": space}
     problems = list(_check_keys(data))
     if problems:
         raise StudyConfigError("\n".join(problem.line(source, lines or {}) for problem in problems))
@@ -230,6 +249,7 @@ def parse_study(
         problems = [_from_pydantic(details) for details in _without_echoes(error.errors())]
     if config is not None:
         config = _with_first_rung(_with_absolute_paths(config, folder), chosen="pruner" in data)
+        config = _with_base_inside(config, left_open)
         problems = list(_check_meaning(config, check_files=folder is not None))
     if problems or config is None:
         raise StudyConfigError("\n".join(problem.line(source, lines or {}) for problem in problems))
@@ -571,6 +591,15 @@ def _absolute(folder: Path, path: Path) -> Path:
     return (folder / path.expanduser()).resolve()
 
 
+def _with_base_inside(config: StudyConfig, left_open: frozenset[str]) -> StudyConfig:
+    """Stretch the ranges that the file leaves open to have the base inside; one that cannot be read is named later."""
+    try:
+        base = config.base_hyperparameters()
+    except HyperparameterError:
+        return config
+    return config.model_copy(update={"space": widened(config.space, left_open, base)})
+
+
 def _with_first_rung(config: StudyConfig, *, chosen: bool) -> StudyConfig:
     """Fill `pruner.min_epochs`: a fifth of the epochs, on the grid of evaluated epochs.
 
@@ -640,15 +669,47 @@ def _check_space(config: StudyConfig) -> Iterator[Problem]:
         key = f"space.{name}"
         if name in IGNORED_KEYS:
             yield Problem(key, "does nothing in YOLOv5, searching it is a waste", "a hyp key that has an effect")
-        elif name not in HYPERPARAMETER_KEYS:
-            names = [other for other in HYPERPARAMETER_KEYS if other not in IGNORED_KEYS]
-            yield Problem(key, f"unknown hyp key{_closest(name, names)}", ", ".join(names))
+        elif name not in (names := _search_keys(config)):
+            yield _unknown_search_key(config, name, names)
         else:
-            yield from [*_check_limits(key, name, entry)] or _check_entry(key, entry)
+            yield from [*_check_limits(key, name, entry)] or [*_check_entry(key, entry)] or _check_off(key, name, entry)
+    gains = {*RATIO_KEYS, *RATIO_KEYS.values()}
+    if config.parametrisation == "ratios" and config.space and not set(config.space) & gains:
+        yield Problem("parametrisation", 'got "ratios" with no gain in the space', "obj with box, cls or both")
+
+
+def _search_keys(config: StudyConfig) -> tuple[str, ...]:
+    """What may stand in `space`."""
+    ratios = config.parametrisation == "ratios"
+    gains = frozenset(RATIO_KEYS.values()) if ratios else frozenset()
+    plain = [key for key in HYPERPARAMETER_KEYS if key not in IGNORED_KEYS | gains]
+    return (*plain, POWER_KEY, *(RATIO_KEYS if ratios else ()))
+
+
+def _unknown_search_key(config: StudyConfig, name: str, names: Sequence[str]) -> "Problem":
+    key, ratios = f"space.{name}", ", ".join(RATIO_KEYS)
+    if name in RATIO_KEYS:
+        return Problem(key, "is a key of parametrisation ratios", "parametrisation: ratios, or box, obj and cls")
+    if config.parametrisation == "ratios" and name in RATIO_KEYS.values():
+        allowed = f"default, with obj among them, or ranges of {ratios}"
+        return Problem(key, "has a range of its own with parametrisation ratios", allowed)
+    return Problem(key, f"unknown hyp key{_closest(name, names)}", ", ".join(names))
+
+
+def _check_off(key: str, name: str, entry: SpaceEntry) -> Iterator["Problem"]:
+    if entry.off is not None:
+        if entry.choices is not None:
+            yield Problem(key, "has choices and off", "either 0 among the choices, or off with low and high")
+        elif name in OWN_BASE or RANGES[name][0] > 0:
+            yield Problem(f"{key}.off", f"got {entry.off:g}, and {name} has no off", "a key that may be 0")
+        elif entry.low is not None and entry.low <= 0:
+            yield Problem(f"{key}.low", f"got {entry.low:g} with off", "low > 0 (0 is what off stands for)")
+    if entry.compensate and name != "fl_gamma":
+        yield Problem(f"{key}.compensate", "got true", "true at fl_gamma only")
 
 
 def _check_limits(key: str, name: str, entry: SpaceEntry) -> Iterator[Problem]:
-    smallest, largest = RANGES[name]
+    smallest, largest = RANGES.get(name) or ((0.0, 3.0) if name == POWER_KEY else (1e-3, 1e3))
     values = [("low", entry.low), ("high", entry.high)]
     values += [(f"choices[{index}]", choice) for index, choice in enumerate(entry.choices or ())]
     for part, value in values:
@@ -685,7 +746,12 @@ def _check_base(config: StudyConfig) -> Iterator[Problem]:
     yield from problems
     if problems:
         return
-    base = config.base_hyperparameters().to_mapping()
+    hyp = config.base_hyperparameters()
+    base = {**hyp.to_mapping(), **OWN_BASE}
+    if POWER_KEY in config.space and hyp.cls_pw_per_class is not None:
+        yield Problem(f"space.{POWER_KEY}", "with cls_pw_per_class in base_hyp", "a base without weights per class")
+    if "fl_gamma" in config.space and config.space["fl_gamma"].compensate and base["fl_gamma"] > 0:
+        yield Problem("space.fl_gamma.compensate", f"with {base['fl_gamma']:g} in base_hyp", "a base with fl_gamma 0")
     for name, entry in config.space.items():
         sound = name in base and not [*_check_entry(name, entry)]
         if sound and not entry.contains(base[name]):
@@ -704,14 +770,14 @@ def _check_base_keys(base_hyp: Path | Mapping[str, Any]) -> Iterator[Problem]:
         return
     for name, value in base_hyp.items():
         key = f"base_hyp.{name}"
-        if name not in (*HYPERPARAMETER_KEYS, "anchors"):
+        if name not in (*HYPERPARAMETER_KEYS, "anchors", PER_CLASS_KEY):
             hint = _closest(name, HYPERPARAMETER_KEYS)
             yield Problem(key, f"unknown hyp key (value {_show(value)}){hint}", ", ".join(HYPERPARAMETER_KEYS))
             continue
         try:
             Hyperparameters.from_mapping({name: value}, "base_hyp")
         except HyperparameterError:
-            low, high = RANGES[name]
+            low, high = RANGES["cls_pw" if name == PER_CLASS_KEY else name]
             yield Problem(key, f"got {_show(value)}", f"a number from {low:g} to {high:g}")
 
 
@@ -721,7 +787,10 @@ def _base_advice(name: str) -> str:
 
 def _check_sampler(config: StudyConfig) -> Iterator[Problem]:
     name = config.sampler.name
-    if name == "grid":
+    if name in ("gp", "cmaes", "nsga2", "grid") and (key := next(iter(conditional_keys(config)), None)):
+        found = f"has off, and sampler {name} cannot search a key that is not always there"
+        yield Problem(f"space.{key}", found, "sampler tpe, random or qmc, or choices with 0 among them")
+    elif name == "grid":
         yield from _check_grid(config)
     if name == "cmaes":
         for key, entry in config.space.items():
@@ -816,3 +885,8 @@ def _check_tracking(config: StudyConfig) -> Iterator[Problem]:
 def shared_keys(config: StudyConfig) -> tuple[str, ...]:
     """The searched keys that all slots of a pack must share: only trials of equal values train together."""
     return tuple(key for key in config.space if key in SHARED_KEYS)
+
+
+def conditional_keys(config: StudyConfig) -> tuple[str, ...]:
+    """The searched keys that not every trial has."""
+    return tuple(key for key, entry in config.space.items() if entry.off is not None)

@@ -13,13 +13,18 @@ from search.confirm import TEST, VALIDATION, ConfirmReport, gain_in_words, lates
 from search.errors import SearchError, UserInputError
 from search.ledger import Ledger, Ticket, base_numbers
 from search.prepared import Prepared
-from search.space import hyperparameters
+from search.transforms import at_bounds, hyperparameters, moved_keys
 from search.weights import WeightsStore, complete_trials, value_row
 from yolocore.hyperparameters import Hyperparameters
 
 CLS_PW_NOTE = (
     "cls_pw is the positive weight of YOLOv5's class loss (1 = neutral). Later Ultralytics models",
     "(YOLOv8 and newer) give a key of this name another meaning: do not carry it over.",
+)
+
+PER_CLASS_NOTE = (
+    "cls_pw_per_class is a key of yolosearch: plain YOLOv5 ignores it and trains with cls_pw alone, which is",
+    "the mean of these weights over the labels. The gain above was measured with the weights per class.",
 )
 
 
@@ -56,6 +61,8 @@ class BestTrial:
     """What the study's confirmation says, in one line; None without one."""
     gains: tuple[str, ...] = ()
     """Its confirmed gains, a line for each split."""
+    at_bounds: tuple[str, ...] = ()
+    """A line for each of its values that lies at an end of its range."""
 
     @property
     def is_base(self) -> bool:
@@ -93,7 +100,8 @@ def best_trial(ledger: Ledger, config: StudyConfig, trial: int | None = None) ->
         study=config.name,
         trial_number=best.number if best.trial_number is None else best.trial_number,
         hyperparameters=hyperparameters(config, best.params or {}),
-        searched=tuple(config.space),
+        searched=moved_keys(config),
+        at_bounds=at_bounds(config, best.params or {}) if best.number not in numbers else (),
         objective=config.objective.describe(),
         value=best.value,
         base_value=None if base is None else base.value,
@@ -208,6 +216,9 @@ def header(best: BestTrial) -> Sequence[str]:
         "raw units as train.py --hyp reads them; nothing is rescaled",
         *CLS_PW_NOTE,
     ]
+    lines += [f"at a bound: {line}; a wider range may give better values" for line in best.at_bounds]
+    if best.hyperparameters.cls_pw_per_class is not None:
+        lines += PER_CLASS_NOTE
     if best.is_base and best.why is None:
         lines.insert(3, "no trial beat the base: these are the values that the study started from")
     return lines

@@ -12,6 +12,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from search.ledger import Ticket
 from search.plots import Plot, figure_json, importances, main_importance, packed_plotly, study_plots
 from search.review import Findings, StudyData, findings, short
 
@@ -150,10 +151,13 @@ def _top(data: StudyData) -> Iterator[_Row]:
             role,
             f"{value:.4f}",
             "" if base is None or role == "base" else f"{value - base:+.4f}",
-            tuple(
-                short(float((ticket.params or {})[key])) for key in data.config.space if key in (ticket.params or {})
-            ),
+            tuple(_parameter(ticket, key) for key in data.config.space),
         )
+
+
+def _parameter(ticket: Ticket, key: str) -> str:
+    params = ticket.params or {}
+    return short(float(params[key])) if key in params else "off" if params else ""
 
 
 def _cost(data: StudyData, found: Findings) -> Iterator[tuple[str, str]]:

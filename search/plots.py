@@ -30,6 +30,7 @@ from search.ledger import Ticket, TicketState
 from search.review import Findings, StudyData, short
 from search.settings import AshaPruner, HyperbandPruner, PatientPruner
 from search.space import distributions
+from search.transforms import active_keys
 
 BEST, BASE, OTHER, BAND_FILL = "#0d9488", "#d97706", "#64748b", "rgba(217, 119, 6, 0.14)"
 """Readable on white and on black; the band is the base's colour."""
@@ -141,7 +142,7 @@ def optuna_study(data: StudyData) -> optuna.Study:
     for ticket in data.tickets:
         params = {key: value for key, value in (ticket.params or {}).items() if key in space}
         value = data.value(ticket)
-        if set(params) != set(space) or value is None or ticket.state not in _STATES:
+        if set(params) != set(active_keys(data.config, params)) or value is None or ticket.state not in _STATES:
             continue
         reported = {row.epoch + 1: row.value for row in data.rows(ticket) if row.value is not None}
         study.add_trial(
@@ -149,7 +150,7 @@ def optuna_study(data: StudyData) -> optuna.Study:
                 state=_STATES[ticket.state],
                 value=value,
                 params=params,
-                distributions=space,
+                distributions={key: space[key] for key in params},
                 intermediate_values=reported,
             )
         )

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from search.config import PREPARED_KEY
+from search.data_facts import FACTS_KEY, PREPARED_KEY, DataFacts
 from yolocore.autoanchor import AnchorFit, AnchorTuple, AutoAnchorResult
 
 
@@ -18,6 +18,8 @@ class Prepared:
     """None where it is switched off."""
     transferred: str | None = None
     """How many of the model's tensors came from the weights file, as 343/349; None without such a file."""
+    facts: DataFacts | None = None
+    """What the space needs to know of the data; None where it needs nothing."""
 
     @property
     def anchors(self) -> AnchorTuple | None:
@@ -36,7 +38,9 @@ class Prepared:
 
     def added_to(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """A study's frozen configuration with this in it."""
-        return {**config, PREPARED_KEY: asdict(self)}
+        facts = {} if self.facts is None else {FACTS_KEY: self.facts.to_json()}
+        own = {key: value for key, value in asdict(self).items() if key != FACTS_KEY}
+        return {**config, PREPARED_KEY: {**own, **facts}}
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Prepared:
@@ -46,6 +50,7 @@ class Prepared:
         return cls(
             autoanchor=None if found is None else _result(found),
             transferred=stored.get("transferred"),
+            facts=DataFacts.of(config),
         )
 
 

@@ -29,6 +29,7 @@ from search.ledger import (
     base_numbers,
 )
 from search.prepared import Prepared
+from search.transforms import at_bounds, shown_params
 from search.worker.lease import HEARTBEAT_SECONDS
 from yolocore.hyperparameters import LOSS_WEIGHT_KEYS
 
@@ -56,6 +57,7 @@ class TrialStatus:
     epochs: int
     value: float | None
     params: Mapping[str, Any]
+    """Raw values of what it searched (`search.transforms.shown_params`)."""
     attempt: int
     worker: str | None
     reason: str | None
@@ -93,6 +95,8 @@ class StudyStatus:
     """Of studies that have a cheap training before the full one."""
     reruns: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     """How many tickets beside the search are spent, and how many there are, by their kind."""
+    at_bounds: tuple[str, ...] = ()
+    """A line for each value of the best trial that lies at an end of its range: better ones may be beyond."""
 
     @property
     def finished(self) -> bool:
@@ -138,6 +142,7 @@ def sum_up(rows: StudyRows, config: StudyConfig) -> StudyStatus:
     trials = tuple(_trial_status(ticket, reports.get(ticket.id, ()), config) for ticket in tickets)
     complete = [trial for trial in trials if trial.state == TicketState.COMPLETE and trial.value is not None]
     counts = {state.value: sum(ticket.state is state for ticket in tickets) for state in TicketState}
+    best = max(complete, key=lambda trial: trial.value or 0.0, default=None)
     live = [worker.id for worker in workers if _is_fresh(worker, rows.now)]
     return StudyStatus(
         study=config.name,
@@ -146,7 +151,7 @@ def sum_up(rows: StudyRows, config: StudyConfig) -> StudyStatus:
         workers=len(live),
         devices={worker.id: worker.device for worker in workers},
         packs={worker.id: worker.pack for worker in workers if worker.pack is not None and worker.id in live},
-        best=max(complete, key=lambda trial: trial.value or 0.0, default=None),
+        best=best,
         base=_base(tickets, trials),
         slot_epochs=sum(trial.epoch for trial in trials),
         eta_seconds=_seconds_left(config, tickets, reports, live),
@@ -156,6 +161,7 @@ def sum_up(rows: StudyRows, config: StudyConfig) -> StudyStatus:
         prepared=Prepared.of(rows.record.config),
         fidelity=None if config.fidelity is None else FidelityStatus.of(tickets, config.fidelity),
         reruns=_reruns(rows.reruns),
+        at_bounds=_at_bounds(config, tickets, best),
     )
 
 
@@ -163,6 +169,11 @@ def _reruns(tickets: Sequence[Ticket]) -> dict[str, tuple[int, int]]:
     kinds = dict.fromkeys(ticket.kind for ticket in tickets)
     spent = {kind: [ticket.state.is_final for ticket in tickets if ticket.kind == kind] for kind in kinds}
     return {kind: (sum(ended), len(ended)) for kind, ended in spent.items()}
+
+
+def _at_bounds(config: StudyConfig, tickets: Sequence[Ticket], best: TrialStatus | None) -> tuple[str, ...]:
+    found = [ticket for ticket in tickets if best is not None and ticket.number == best.ticket != 0]
+    return at_bounds(config, found[0].params or {}) if found else ()
 
 
 def _base(tickets: Sequence[Ticket], trials: Sequence[TrialStatus]) -> TrialStatus | None:
@@ -187,7 +198,7 @@ def _trial_status(ticket: Ticket, rows: Sequence[EpochRow], config: StudyConfig)
         epoch=max([ticket.epochs_done, *(row.epoch + 1 for row in rows)]),
         epochs=config.train.epochs,
         value=ticket.value if ticket.value is not None else last,
-        params=ticket.params or {},
+        params=shown_params(config, ticket.params or {}),
         attempt=ticket.attempt,
         worker=ticket.worker,
         reason=ticket.reason,
@@ -250,7 +261,14 @@ def live_view(status: StudyStatus) -> RenderableType:
         if trial.state == TicketState.RUNNING:
             table.add_row(_name(trial), f"{trial.epoch}/{trial.epochs}", format_value(trial.value), *_weights(trial))
     prepared = [Text(f"{name} {text}", style="dim") for name, text in status.prepared.rows()]
-    return Group(table, *prepared, Text(headline(status)))
+    return Group(table, *prepared, *bound_lines(status), Text(headline(status)))
+
+
+def bound_lines(status: StudyStatus) -> list[Text]:
+    """Warnings that the ranges are too narrow for the best trial."""
+    return [
+        Text(f"best trial: {line}; a wider range may give better ones", style="yellow") for line in status.at_bounds
+    ]
 
 
 def headline(status: StudyStatus, *, with_eta: bool = True) -> str:

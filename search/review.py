@@ -13,8 +13,8 @@ from search.config import StudyConfig
 from search.confirm import latest_confirmation, noise_report
 from search.ledger import KINDS, SEARCH, EpochRow, Ledger, StudyRecord, Ticket, TicketState, base_numbers
 from search.settings import SpaceEntry
-from search.space import hyperparameters
 from search.statistics import Comparison, Confirmation
+from search.transforms import hyperparameters, moved_keys
 from search.weights import complete_trials, value_row
 
 BAND = 1.96 * math.sqrt(2)
@@ -286,10 +286,11 @@ def _moves(data: StudyData, importance: Mapping[str, float]) -> tuple[Move, ...]
         return ()
     base = data.config.base_hyperparameters().to_mapping()
     best = hyperparameters(data.config, data.best.params or {}).to_mapping()
+    moved = moved_keys(data.config)
     moves = [
         Move(key=key, base=base[key], best=best[key], share=_share(data.config.space.get(key), base[key], best[key]))
         for key in base
-        if key in data.config.space or best[key] != base[key]
+        if key in moved or best[key] != base[key]
     ]
     return tuple(sorted(moves, key=lambda move: -move.share * (0.05 + importance.get(move.key, 1.0))))
 

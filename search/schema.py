@@ -13,6 +13,7 @@ from re import DOTALL, MULTILINE, findall
 from typing import Any
 
 from search.config import StudyConfig
+from search.ranges import DEFAULT, OWN_KEYS, PER_CLASS
 from search.settings import CLASS_AP, LARGEST_PACK, METRICS
 from yolocore.hyperparameters import HYPERPARAMETER_KEYS, IGNORED_KEYS, PER_CLASS_KEY, RANGES, Hyperparameters
 
@@ -41,7 +42,7 @@ def study_schema() -> Schema:
         _translate(node)
     for node in list(_nodes(schema)):
         _add_short_forms(node, definitions)
-    properties["space"] |= _space(properties["space"].pop("additionalProperties"))
+    properties["space"] = _space(properties["space"])
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         **schema,
@@ -97,7 +98,7 @@ def _add_short_forms(node: Schema, definitions: Mapping[str, Schema]) -> None:
         node["anyOf"] = [{"enum": bare}, *node.pop("oneOf"), *([{"type": "null"}] if "none" in bare else [])]
     elif node.get("$ref") == "#/$defs/SpaceEntry":
         choices = {"type": "array", "items": {"type": "number"}, "minItems": 2}
-        node["anyOf"] = [{"$ref": node.pop("$ref")}, choices]
+        node["anyOf"] = [{"$ref": node.pop("$ref")}, choices, {"enum": [DEFAULT, None]}]
     elif node.get("$ref") == "#/$defs/ObjectiveConfig":
         node["anyOf"] = [_metric(), _one_metric(), _weighted_metrics(), {"$ref": node.pop("$ref")}]
 
@@ -119,15 +120,16 @@ def _hyp_mapping() -> Schema:
     return {"type": "object", "properties": {**numbers, **others}, "additionalProperties": False}
 
 
-def _space(entry: Schema) -> Schema:
-    """The keys that can be searched, each with its meaning."""
-    texts = hyp_descriptions()
-    keys = [key for key in HYPERPARAMETER_KEYS if key not in IGNORED_KEYS]
-    return {
-        "properties": {key: {"description": texts[key], **entry} for key in keys},
-        "additionalProperties": False,
-        "minProperties": 1,
-    }
+def _space(space: Schema) -> Schema:
+    """The keys that can be searched, each with its meaning; a list of them; or nothing."""
+    entry = space.pop("additionalProperties")
+    texts = {**hyp_descriptions(), **OWN_KEYS}
+    keys = [key for key in texts if key not in IGNORED_KEYS]
+    properties = {key: {"description": texts[key], **entry} for key in keys}
+    properties["cls_pw"] = {**properties["cls_pw"], "anyOf": [*entry["anyOf"], {"const": PER_CLASS}]}
+    mapping = {"properties": properties, "additionalProperties": False, "minProperties": 1}
+    names = {"items": {"enum": keys}, "minItems": 1}
+    return {"description": space["description"], "type": ["object", "array", "null"], **mapping, **names}
 
 
 def _metric() -> Schema:

@@ -196,9 +196,15 @@ class SpaceEntry(Section):
     """Only values low, low + step, ..., high."""
     choices: tuple[Number, ...] | None = None
     """Only these values, without an order."""
+    off: Annotated[Number, Field(gt=0, lt=1)] | None = None
+    """Search whether the key takes part at all: 0, with this probability before anything is learned, or the range."""
+    compensate: StrictBool = False
+    """At `fl_gamma`: rescale obj and cls so that their initial losses are as large as without the focal loss."""
 
     def contains(self, value: float) -> bool:
         """Whether the search could propose `value`."""
+        if self.off is not None and value == 0:
+            return True
         if self.choices is not None:
             return value in self.choices
         if self.low is None or self.high is None or not self.low <= value <= self.high:
@@ -215,6 +221,10 @@ class SpaceEntry(Section):
 
     def describe(self) -> str:
         """The range or the choices in words."""
+        off = f", or off (0) with probability {self.off:g}" if self.off is not None else ""
+        return f"{self._values()}{off}{', gains compensated' if self.compensate else ''}"
+
+    def _values(self) -> str:
         if self.choices is not None:
             return f"one of {', '.join(f'{choice:g}' for choice in self.choices)}"
         scale = ", logarithmic" if self.log else f" in steps of {self.step:g}" if self.step else ""

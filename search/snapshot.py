@@ -10,6 +10,7 @@ from typing import Any, Literal
 from search.config import StudyConfig
 from search.ledger import EpochRow, Ticket, TicketState, WorkerRow, WorkerState
 from search.report import SILENT_BEATS, StudyRows, StudyStatus, TrialStatus, sum_up
+from search.transforms import shown_params
 from search.worker.lease import HEARTBEAT_SECONDS
 
 PACE_SECONDS = 600.0
@@ -167,7 +168,7 @@ def _slot(ticket: Ticket, reports: Sequence[EpochRow], config: StudyConfig) -> S
         value=next((value for value in reversed(curve) if value is not None), None),
         curve=curve,
         attempt=ticket.attempt,
-        params=ticket.params or {},
+        params=shown_params(config, ticket.params or {}),
     )
 
 

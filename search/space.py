@@ -1,4 +1,4 @@
-"""The search space: from the study file to Optuna's distributions, and from a trial's parameters to hyperparameters."""
+"""The search space: from the study file to Optuna's distributions, and what a pack's trials must share."""
 
 import itertools
 import random
@@ -9,12 +9,19 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from search.config import StudyConfig, shared_keys
 from search.errors import StudyConfigError
 from search.settings import LARGEST_PACK, SpaceEntry
-from yolocore.hyperparameters import Hyperparameters
+from search.transforms import active_keys, base_params, hyperparameters, is_off, switch_name, switch_value
+
+__all__ = ["base_params", "hyperparameters"]  # from search.transforms, for those who have Optuna at hand anyway
 
 
 def distributions(config: StudyConfig) -> dict[str, BaseDistribution]:
-    """The distribution of every searched key, in the order of the study file."""
-    return {key: _distribution(entry) for key, entry in config.space.items()}
+    """The distribution of every search parameter, in the order of the study file; a switch stands before its key."""
+    found: dict[str, BaseDistribution] = {}
+    for key, entry in config.space.items():
+        if entry.off is not None:
+            found[switch_name(key)] = FloatDistribution(0.0, 1.0)
+        found[key] = _distribution(entry)
+    return found
 
 
 def _distribution(entry: SpaceEntry) -> BaseDistribution:
@@ -25,20 +32,17 @@ def _distribution(entry: SpaceEntry) -> BaseDistribution:
     return FloatDistribution(entry.low, entry.high, log=entry.log, step=entry.step)
 
 
-def base_params(config: StudyConfig) -> dict[str, float]:
-    """The base hyp's values of the searched keys: the parameters of trial 0.
+def settled(config: StudyConfig, params: Mapping[str, float]) -> dict[str, float]:
+    """Parameters as they are stored: each switch at the middle of its side, and no key that is switched off.
 
-    Raises:
-        StudyConfigError: a base value that the search could never propose; names value and range.
+    A switch is drawn evenly from 0 to 1, so that it is off with the probability that the study gives. That all trials
+    of a side share one value lets a sampler see two groups, and no slope between them.
     """
-    base = config.base_hyperparameters().to_mapping()
+    found = {key: float(params[key]) for key in active_keys(config, params) if key in params}
     for key, entry in config.space.items():
-        if not entry.contains(base[key]):
-            raise StudyConfigError(
-                f"study {config.name}: space.{key}: the base value {base[key]:g} is not in {entry.describe()}; "
-                "allowed: values that include the base, which is trial 0"
-            )
-    return {key: base[key] for key in config.space}
+        if switch_name(key) in found:
+            found[switch_name(key)] = switch_value(entry, on=not is_off(config, key, params))
+    return found
 
 
 def complete_params(config: StudyConfig, fixed: Mapping[str, float]) -> dict[str, float]:
@@ -47,16 +51,22 @@ def complete_params(config: StudyConfig, fixed: Mapping[str, float]) -> dict[str
     Raises:
         StudyConfigError: a key that is not searched or a value outside its range.
     """
+    allowed = distributions(config)
     for key, value in fixed.items():
-        entry = config.space.get(key)
-        if entry is None:
-            names = ", ".join(config.space)
+        if key not in allowed:
+            names = ", ".join(allowed)
             raise StudyConfigError(f"study {config.name}: fixed parameter {key}: not in the space; allowed: {names}")
-        if not entry.contains(value):
-            raise StudyConfigError(
-                f"study {config.name}: fixed parameter {key}: got {value:g}; allowed: {entry.describe()}"
-            )
-    return {**base_params(config), **fixed}
+        is_switch = key not in config.space
+        if not (0 <= value <= 1 if is_switch else config.space[key].contains(value)):
+            described = "0 to 1" if is_switch else config.space[key].describe()
+            raise StudyConfigError(f"study {config.name}: fixed parameter {key}: got {value:g}; allowed: {described}")
+    switches = {switch_name(key): float(value > 0) for key, value in fixed.items() if switch_name(key) in allowed}
+    completed = settled(config, {**base_params(config), **switches, **fixed})
+    for key in active_keys(config, completed):
+        if key not in completed:
+            found = "missing, although it is switched on"
+            raise StudyConfigError(f"study {config.name}: fixed parameter {key}: {found}; allowed: {key} as well")
+    return completed
 
 
 def grid_points(config: StudyConfig) -> tuple[dict[str, float], ...]:
@@ -72,18 +82,13 @@ def grid_points(config: StudyConfig) -> tuple[dict[str, float], ...]:
     return (base, *others)
 
 
-def hyperparameters(config: StudyConfig, params: Mapping[str, float]) -> Hyperparameters:
-    """The raw hyperparameters of a trial: the base with what its search parameters say in place."""
-    return config.base_hyperparameters().replace(**{key: float(value) for key, value in params.items()})
-
-
 PackKey = tuple[float, ...]
 """Values of the searched keys that all slots of a pack share."""
 
 
 def pack_key(config: StudyConfig, params: Mapping[str, float]) -> PackKey:
     """What must be equal in two trials for them to train in one pack; () in most studies, where everything may."""
-    return tuple(float(params[key]) for key in shared_keys(config))
+    return tuple(0.0 if is_off(config, key, params) else float(params[key]) for key in shared_keys(config))
 
 
 def packs_by_value(config: StudyConfig) -> bool:

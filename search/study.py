@@ -34,7 +34,7 @@ from optuna.storages._rdb import models
 from optuna.storages._rdb import storage as rdb
 from optuna.trial import FrozenTrial, TrialState
 
-from search.config import StudyConfig
+from search.config import StudyConfig, conditional_keys
 from search.database import (
     committing,
     configure_sqlite,
@@ -65,7 +65,8 @@ from search.settings import (
     ThresholdPruner,
     TpeSampler,
 )
-from search.space import base_params, complete_params, distributions, grid_points
+from search.space import base_params, complete_params, distributions, grid_points, settled
+from search.transforms import active_keys, is_off
 
 PATIENCE_SECONDS = 600.0
 """How long a storage call is retried while the database is away."""
@@ -229,7 +230,7 @@ def _create_sampler(config: StudyConfig, seed: int) -> BaseSampler:
     options = config.sampler.model_dump(exclude={"name", "seed"})
     match config.sampler:
         case TpeSampler():
-            return samplers.TPESampler(seed=seed, **options)
+            return samplers.TPESampler(seed=seed, group=_groups(config), **options)
         case GpSampler():
             return samplers.GPSampler(seed=seed, warn_independent_sampling=False, **options)
         case CmaesSampler():
@@ -416,8 +417,8 @@ def _template(
     params, notes = (dict(fixed), {}) if fixed is not None else _propose(study, config, ticket_number, trials, {})
     return optuna.trial.create_trial(
         state=TrialState.RUNNING,
-        params={key: params[key] for key in space},
-        distributions=space,
+        params=params,
+        distributions={key: space[key] for key in params},
         user_attrs={TICKET_ATTR: ticket_number, **({FIXED_ATTR: True} if fixed is not None else {})},
         system_attrs=notes,
     )
@@ -480,14 +481,14 @@ def _with_params(study: optuna.Study, config: StudyConfig, ticket_number: int, t
     space = distributions(config)
     frozen = study._storage.get_trial(trial_id)
     params = dict(frozen.params)
-    if not set(params) >= set(space):
+    if not set(params) >= set(active_keys(config, params)):
         others = [trial for trial in study.get_trials(deepcopy=False) if trial._trial_id != trial_id]
         params, _ = _propose(study, config, ticket_number, others, params)
-        for key in [key for key in space if key not in frozen.params]:
+        for key in [key for key in params if key not in frozen.params]:
             study._storage.set_trial_param(trial_id, key, space[key].to_internal_repr(params[key]), space[key])
         # Another ticket may be adopting the same trial: what was written first stays, and is what both have to train.
         params = dict(study._storage.get_trial(trial_id).params)
-    return AskedTrial(trial_id, frozen.number, {key: params[key] for key in space})
+    return AskedTrial(trial_id, frozen.number, {key: params[key] for key in space if key in params})
 
 
 def _running(study: optuna.Study) -> list[FrozenTrial]:
@@ -530,14 +531,21 @@ def _propose(
     view.sampler = sampler
     view._storage = reading = _Reading(study._storage, trial, _history(config, trials))  # type: ignore[assignment]
     sampler.before_trial(view, trial)
-    # Trial 0 had the whole space, so what samplers infer from the history is the space itself, once there is some.
+    if _groups(config):
+        sampler.infer_relative_search_space(view, trial)  # keeps the groups to itself
+    # Trial 0 had all that is in every trial, so what samplers infer from the history is the space, once there is some.
     open_space = {key: entry for key, entry in space.items() if not entry.single() and key not in known}
     drawn = sampler.sample_relative(view, trial, open_space) if trials and _draws_together(config) else {}
     params = dict(known)
     for key, entry in space.items():
-        if key not in known:
+        if key not in known and not (key in config.space and is_off(config, key, params)):
             params[key] = float(_value(view, trial, key, entry, drawn))
-    return params, reading.notes
+    return settled(config, params), reading.notes
+
+
+def _groups(config: StudyConfig) -> bool:
+    """Whether the sampler models the keys that only some trials have apart from those of all trials."""
+    return isinstance(config.sampler, TpeSampler) and config.sampler.multivariate and bool(conditional_keys(config))
 
 
 def _draws_together(config: StudyConfig) -> bool:

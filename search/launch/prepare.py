@@ -14,6 +14,7 @@ from typing import Any
 
 from search.config import StudyConfig, check_objective, require_resumable, shared_keys
 from search.confirm import add_noise
+from search.data_facts import DataFacts
 from search.database import init_lock, make_engine, mask_url, sqlite_path
 from search.errors import StudyConfigError, StudyConflictError, UnknownStudyError
 from search.forecast import Forecast, expected_cost
@@ -21,14 +22,17 @@ from search.launch.speed import earlier_speed, measure_speed
 from search.ledger import Ledger, StudyRecord
 from search.paths import StudyFolder
 from search.prepared import Prepared
+from search.ranges import CLS_TO_OBJ, POWER_KEY
 from search.settings import FidelityConfig
 from search.space import base_params, grid_points, pack_limit
 from search.study import AskedTrial, check_sampler, create_study, open_storage
+from search.transforms import base_text, compensates
 from search.worker.existing import refuse_shared_database
 from search.worker.session import data_yaml, study_tracker, versions
 from yolocore.autoanchor import ENOUGH_RECALL, AnchorFit, AnchorTuple, autoanchor, current_fit
 from yolocore.data.dataset import DatasetConfig, LabelledImage, Split, fingerprint, load_dataset_config, scan_split
 from yolocore.device import resolve_device, resolve_precision
+from yolocore.initial import initial_levels
 from yolocore.training.optim import NOMINAL_BATCH_SIZE, Clock, Schedule
 from yolocore.training.start import start_weights
 
@@ -44,6 +48,9 @@ class StudyPlan:
     """A checked study: nothing in it can fail for a reason that the user could have been told before."""
 
     config: StudyConfig
+    """Without the keys that do nothing on this data."""
+    given: StudyConfig
+    """As in the study file."""
     storage_url: str
     folder: StudyFolder
     data: Path
@@ -68,8 +75,10 @@ class StudyPlan:
         """What `check` and `run` show, as name and text."""
         config, train = self.config, self.config.train
         size = f"yolov5{train.model}, {train.image_size} px, batch {train.batch_size}, {train.epochs} epochs"
-        base = base_params(config)
-        space = [(f"space.{key}", f"{entry.describe()} (base {base[key]:g})") for key, entry in config.space.items()]
+        space = [
+            (f"space.{key}", f"{entry.describe()} (base {base_text(config, key)})")
+            for key, entry in config.space.items()
+        ]
         return [
             ("study", config.name),
             ("data", f"{self.data} (fingerprint {self.fingerprint})"),
@@ -96,7 +105,19 @@ class StudyPlan:
     def prepare(self) -> Prepared:
         """What is worked out once for all trials; takes seconds where the anchors do not fit, more with many labels."""
         found = autoanchor(*self._anchor_question()) if self.config.train.autoanchor else None
-        return Prepared(autoanchor=found, transferred=self.transferred)
+        prepared = Prepared(autoanchor=found, transferred=self.transferred)
+        return replace(prepared, facts=self._facts(prepared.anchors or self.anchors))
+
+    def _facts(self, anchors: AnchorTuple) -> DataFacts | None:
+        """What the space needs to know of the data."""
+        needs_levels = compensates(self.config)
+        if not needs_levels and POWER_KEY not in self.config.space:
+            return None
+        anchor_t = self.config.base_hyperparameters().anchor_t
+        size = self.config.train.image_size
+        levels = initial_levels(self.training.images, anchors, size, anchor_t) if needs_levels else ()
+        counts = _class_counts(self.training)
+        return DataFacts(class_counts=tuple(counts[index] for index in range(self.dataset.num_classes)), levels=levels)
 
     def _anchor_question(self) -> tuple[tuple[LabelledImage, ...], AnchorTuple, int, float, int]:
         train = self.config.train
@@ -155,6 +176,7 @@ def plan_study(config: StudyConfig, storage_url: str, runs_dir: Path, data: Path
     data = data or data_yaml(config, runs_dir)
     dataset = load_dataset_config(data, single_class=config.train.single_cls)
     splits = {name: scan_split(dataset, name) for name in ("train", "val")}
+    given, config = config, without_idle_keys(config, dataset.num_classes)
     device = resolve_device(config.train.device)
     check_objective(config, dataset.names, _labelled_classes(splits["val"]))
     counts = _class_counts(splits["train"])
@@ -162,6 +184,7 @@ def plan_study(config: StudyConfig, storage_url: str, runs_dir: Path, data: Path
     start = start_weights(config.train_config(data), dataset.num_classes)
     return StudyPlan(
         config=config,
+        given=given,
         storage_url=storage_url,
         folder=StudyFolder(runs_dir, config.name),
         data=data,
@@ -179,7 +202,7 @@ def plan_study(config: StudyConfig, storage_url: str, runs_dir: Path, data: Path
             cost=expected_cost(config.pruner, config.trials, config.train.epochs, config.train.eval_every),
             speed=earlier_speed(config, found, f"{device} {precision}", storage_url, runs_dir),
         ),
-        notices=tuple(_notices(config, dataset, splits)),
+        notices=(*_idle_notices(given, config), *_notices(config, dataset, splits)),
     )
 
 
@@ -187,6 +210,37 @@ def with_measured_speed(plan: StudyPlan) -> StudyPlan:
     """The plan with a forecast from a measurement on this host, which takes a minute or two."""
     train = replace(plan.config.train_config(plan.data), device=plan.device, precision=plan.precision)
     return replace(plan, forecast=replace(plan.forecast, speed=measure_speed(plan.config, train)))
+
+
+CLASS_KEYS = ("cls", "cls_pw", POWER_KEY, CLS_TO_OBJ)
+"""Search keys that act in the class loss alone, which one class does not have."""
+MOSAIC_KEYS = ("mosaic", "mixup", "copy_paste")
+"""Search keys that act in mosaics alone, which `train.rect` does not make."""
+
+
+def without_idle_keys(config: StudyConfig, num_classes: int) -> StudyConfig:
+    """The study without the searched keys that do nothing: each would be one more dimension of noise to the sampler.
+
+    Raises:
+        StudyConfigError: nothing would be left to search.
+    """
+    idle = {*(CLASS_KEYS if num_classes == 1 else ()), *(MOSAIC_KEYS if config.train.rect else ())}
+    left = {key: entry for key, entry in config.space.items() if key not in idle}
+    if len(left) == len(config.space):
+        return config
+    if not left:
+        found = f"{', '.join(config.space)}: nothing in it has an effect on this data"
+        raise StudyConfigError(f"study {config.name}: space: {found}; allowed: a key that has one, such as box or obj")
+    kept = config.model_copy(update={"space": left})
+    _check_grid(kept, kept.trials)
+    return kept
+
+
+def _idle_notices(given: StudyConfig, config: StudyConfig) -> Iterator[str]:
+    dropped = [key for key in given.space if key not in config.space]
+    for keys, why in ((CLASS_KEYS, "with one class"), (MOSAIC_KEYS, "with train.rect")):
+        if names := [key for key in dropped if key in keys]:
+            yield f"space: {', '.join(names)} would do nothing {why}, so not searched"
 
 
 def _packs(size: int | None) -> str:
@@ -211,10 +265,6 @@ def _notices(config: StudyConfig, dataset: DatasetConfig, splits: dict[str, Spli
             yield f"{reason}, and no two trials will agree in it: trials train one at a time; choices would allow packs"
         else:
             yield f"{reason}: trials of equal values are packed together, the others wait for a pack of their own"
-    if dataset.num_classes == 1 and {"cls", "cls_pw"} & set(config.space):
-        yield "space: cls and cls_pw do nothing with one class"
-    if config.train.rect and (unused := [key for key in ("mosaic", "mixup", "copy_paste") if key in config.space]):
-        yield f"space: {', '.join(unused)} do nothing with train.rect"
     counts = _class_counts(splits["train"])
     missing = [name for index, name in enumerate(dataset.names) if not counts[index]]
     if missing:
@@ -336,7 +386,8 @@ def _create(ledger: Ledger, plan: StudyPlan, prepared: Prepared, base: AskedTria
 def _resume(ledger: Ledger, plan: StudyPlan, record: StudyRecord, more_trials: int) -> None:
     """Takes the study up again; only the budget may differ, and it never shrinks."""
     frozen = StudyConfig.from_json(record.config)
-    require_resumable(frozen, plan.config)
+    # Earlier versions searched keys that do nothing, too.
+    require_resumable(frozen, plan.given if set(frozen.space) == set(plan.given.space) else plan.config)
     if record.fingerprint != plan.fingerprint:
         raise StudyConflictError(
             f"{plan.data}: fingerprint {plan.fingerprint} is not that of study {frozen.name} ({record.fingerprint}): "

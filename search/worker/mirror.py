@@ -23,9 +23,9 @@ from search.database import init_lock
 from search.errors import LeaseLostError
 from search.fidelity import spearman, value_pairs
 from search.ledger import NOISE, EpochRow, Ledger, Ticket, TicketState
-from search.space import hyperparameters
 from search.study import tell
 from search.tracking import TrackedState, Tracker
+from search.transforms import hyperparameters
 from search.weights import value_row
 from search.worker.gallery import Gallery
 from search.worker.records import MirrorContext, metric_name

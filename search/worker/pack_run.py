@@ -12,8 +12,8 @@ from search.config import objective_value
 from search.errors import LeaseLostError, SearchError, UserInputError
 from search.ledger import EpochRow, Ticket, TicketState
 from search.settings import ObjectiveConfig
-from search.space import hyperparameters
 from search.study import mirror_reports, should_prune, tell, trial_value
+from search.transforms import hyperparameters
 from search.weights import WeightsStore, complete_trials, kept_numbers, value_row
 from search.worker.context import WorkerContext
 from search.worker.lease import LeaseKeeper

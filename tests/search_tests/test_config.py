@@ -357,7 +357,7 @@ def test_differing_keys_names_them_dotted() -> None:
         "train.epochs",
         "space.box.low",
         "pruner.min_epochs",
-        *(f"space.cls.{part}" for part in ("choices", "log")),
+        *(f"space.cls.{part}" for part in ("choices", "log", "compensate")),
     }
 
 

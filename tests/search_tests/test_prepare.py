@@ -1,5 +1,6 @@
 """From a study file to a study in the database."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from optuna.trial import TrialState
 from tiny import NAME, TinyStudy, make_study
 
+from search.config import StudyConfig
 from search.errors import StudyConfigError, StudyConflictError
 from search.export import best_trial
 from search.launch.prepare import create_or_resume, plan_study
@@ -258,3 +260,50 @@ def test_plan_study_with_weights_counts_what_fits_and_takes_their_anchors(make: 
     assert plan.transferred == "343/349"
     assert ("model", f"yolov5n, 64 px, batch 8, 2 epochs, from {file} (343/349 tensors transferred)") in plan.rows()
     assert torch.equal(torch.tensor(plan.anchors), own)
+
+
+def test_plan_study_with_one_class_does_not_search_what_does_nothing(make: Callable[..., TinyStudy]) -> None:
+    space = {"box": "default", "cls": "default", "cls_pw": "per_class", "obj": "default"}
+    study = make(space=space, train={"single_cls": True})
+
+    plan = plan_study(study.config, study.storage_url, study.runs)
+
+    assert list(plan.config.space) == ["box", "obj"]
+    assert "space: cls, cls_pw_power would do nothing with one class, so not searched" in plan.notices
+    assert create_or_resume(plan) is True
+    assert study.tickets()[0].fixed_params == {"box": 0.05, "obj": 1.0}
+    assert create_or_resume(plan_study(study.config, study.storage_url, study.runs)) is False
+
+
+def test_plan_study_with_one_class_and_nothing_else_to_search_is_refused(make: Callable[..., TinyStudy]) -> None:
+    study = make(space=["cls", "cls_pw"], train={"single_cls": True})
+
+    with pytest.raises(StudyConfigError, match="space: cls, cls_pw: nothing in it has an effect on this data; "):
+        plan_study(study.config, study.storage_url, study.runs)
+
+
+def test_create_or_resume_study_of_a_version_that_searched_idle_keys(make: Callable[..., TinyStudy]) -> None:
+    study = make(train={"single_cls": True})
+    plan = plan_study(study.config, study.storage_url, study.runs)
+    assert list(plan.config.space) == ["box"]
+    create_or_resume(dataclasses.replace(plan, config=plan.given))
+
+    assert create_or_resume(plan) is False
+
+
+def test_create_or_resume_stores_what_the_space_needs_of_the_data(make: Callable[..., TinyStudy]) -> None:
+    focal = {"low": 0.3, "high": 2.0, "off": 0.5, "compensate": True}
+    study = make(space={"fl_gamma": focal, "cls_pw": "per_class"})
+    labels = [line.split()[0] for path in (study.data.parent / "labels" / "train").iterdir() for line in path.open()]
+    study.create()
+
+    facts = StudyConfig.from_json(study.ledger.study(NAME).config).facts
+
+    assert facts is not None
+    assert facts.class_counts == (labels.count("0"), labels.count("1"))
+    assert [level.cells for level in facts.levels] == [192, 48, 12]
+    assert sum(count for level in facts.levels for count, _ in level.matched) > 3 * len(labels) / 16
+    assert Prepared.of(study.ledger.study(NAME).config).facts == facts
+    plain = make("plain")
+    plain.create()
+    assert Prepared.of(plain.ledger.study(NAME).config).facts is None

@@ -23,10 +23,13 @@ from optuna.trial import TrialState
 from tiny import NAME, SignalWhen, TinyStudy, make_study, wait_for
 
 from search.checkpoints import CheckpointStore
+from search.config import StudyConfig
 from search.database import make_engine
 from search.errors import LeaseLostError, StudyConflictError, StudyStoppedError, UnknownStudyError, UserInputError
 from search.ledger import Ledger, Ticket, TicketState, WorkerState
+from search.report import study_status
 from search.tracking import TrackingConfigError, open_tracker
+from search.transforms import hyperparameters
 from search.worker import session, supply, trainer_process
 from search.worker.capacity import workers_here
 from search.worker.context import WorkerContext
@@ -267,6 +270,31 @@ def test_run_worker_tickets_added_meanwhile_join_the_running_pack(make: Callable
     assert second[0].metrics["stream_epoch"] > 0
     assert second[0].metrics["slots"] == 2
     assert first[-1].metrics["slots"] == 2
+
+
+def test_run_worker_space_of_switch_ratios_and_class_weights_trains_and_exports_raw_values(
+    make: Callable[..., TinyStudy],
+) -> None:
+    focal = {"low": 0.3, "high": 2.0, "off": 0.5, "compensate": True}
+    space = {"box": "default", "obj": "default", "cls_pw": "per_class", "fl_gamma": focal}
+    study = make(space=space, parametrisation="ratios", trials=2, pruner="none", tracking={"enabled": False})
+    study.create()
+    on = {"fl_gamma.switch": 0.75, "fl_gamma": 1.0, "box_to_obj": 2.0, "gain_scale": 1.5, "cls_pw_power": 1.0}
+    study.ledger.add_tickets(NAME, 1, fixed_params=[on])
+
+    assert study.work() == 3
+
+    assert study.states() == [TicketState.COMPLETE] * 3
+    config = StudyConfig.from_json(study.ledger.study(NAME).config)
+    fixed = study.tickets()[2]
+    assert fixed.params == on
+    hyp = hyperparameters(config, fixed.params)
+    assert hyp.box == pytest.approx(0.05 * 1.5 * 2 * 2 / 3)
+    assert hyp.obj > 2
+    assert hyp.cls_pw_per_class is not None
+    assert hyp.cls_pw_per_class[1] > hyp.cls_pw_per_class[0]
+    shown = study_status(study.ledger, config).trials[2].params
+    assert shown == {**{key: getattr(hyp, key) for key in ("box", "obj", "cls", "fl_gamma")}, "cls_pw_power": 1.0}
 
 
 def test_run_worker_timeout_over_claims_nothing(make: Callable[..., TinyStudy]) -> None:
