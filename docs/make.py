@@ -15,6 +15,9 @@ from typing import Any
 
 from typer.main import get_command
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from figures import figures
+
 from search.cli import app
 from search.schema import schema_text, study_schema
 
@@ -31,6 +34,7 @@ def references() -> dict[str, str]:
         "reference/study.schema.json": schema_text(),
         "reference/study.md": study_reference(study_schema()),
         "reference/cli.md": cli_reference(),
+        **{f"figures/{name}": text for name, text in figures().items()},
     }
 
 

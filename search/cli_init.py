@@ -40,7 +40,9 @@ def init(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="FILE", help="The study file; default NAME.yaml.")
     ] = None,
-    name: Annotated[str | None, typer.Option(help="The study's name; default the data set's.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="The study's name; default the study file's, or the data set's.")
+    ] = None,
     model: Annotated[Model | None, typer.Option(help="Size of YOLOv5; default n.")] = None,
     weights: Annotated[Path | None, typer.Option(help="Start weights, .pt or .safetensors; default none.")] = None,
     image_size: Annotated[int | None, typer.Option(min=32, help="Pixels, a multiple of 32.")] = None,
@@ -60,8 +62,9 @@ def init(
     from search.starter import Wishes, study_name_of
 
     report = _examined(data)
+    suggested = study_name_of(report.source if output is None else output)
     wishes = Wishes(
-        name=check_study_name(name or study_name_of(report.source)),
+        name=check_study_name(name or suggested),
         model=(model or Model.N).value,
         weights=_existing(weights),
         image_size=image_size,

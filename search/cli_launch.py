@@ -379,6 +379,6 @@ def _print_next_steps(job: Job, path: Path) -> None:
         f"go on searching: {_command()} run {job.file or 'STUDY.yaml'} --trials +20",
     ]
     if job.config.builtin_data is not None:
-        lines.append("your own data:   copy studies/loss-weights.yaml, set `data:` to your data set YAML, and run it")
+        lines.append(f"your own data:   {_command()} init DATA.yaml -o my-study.yaml")
     for line in lines:
         print_line(line)

@@ -27,7 +27,7 @@ from search.cli import app, main
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 BLOCK = re.compile(
-    r"^(?P<mark><!-- not run: (?P<reason>.*) -->\n+)?```(?P<kind>sh|python)\n(?P<text>.*?)^```", re.M | re.S
+    r"^(?P<mark><!-- not run: (?P<reason>[^\n]*) -->\n+)?```(?P<kind>sh|python)\n(?P<text>.*?)^```", re.M | re.S
 )
 LINK = re.compile(
     r"(?<!!)\[[^\]\n]*\]\((?P<target>[^)\s]+)\)|!\[[^\]\n]*\]\((?P<image>[^)\s]+)\)|src=\"(?P<source>[^\"]+)\""
@@ -144,6 +144,17 @@ def test_command_in_a_document_exists_with_its_options(place: str, line: str) ->
 # ---- blocks ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def place(sandbox: Path, block: Block) -> Iterator[Path]:
+    """The sandbox, without the study file where the block makes one; it is there again afterwards."""
+    file = sandbox / "my-study.yaml"
+    text = file.read_text()
+    if "yolosearch init" in block.text:
+        file.unlink()
+    yield sandbox
+    file.write_text(text)
+
+
 @pytest.fixture(scope="module")
 def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `my-data.yaml`, and the finished study `my-study.yaml` below `runs`."""
@@ -156,6 +167,8 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = [sys.executable, "-m", "search", "run", "my-study.yaml"]
     done = subprocess.run(words, cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
+    (folder / ".venv" / "bin").mkdir(parents=True)
+    (folder / ".venv" / "bin" / "activate").touch()
     return folder
 
 
@@ -168,9 +181,9 @@ def environment(folder: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.reason is None], ids=str)
 def test_block_runs(
-    block: Block, sandbox: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    block: Block, place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(sandbox)
+    monkeypatch.chdir(place)
     for name in [name for name in os.environ if name.startswith(("YOLOSEARCH_", "MLFLOW_"))]:
         monkeypatch.delenv(name)
     if block.kind == "python":
@@ -183,7 +196,7 @@ def test_block_runs(
         return
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", block.text],
-        env=environment(sandbox),
+        env=environment(place),
         capture_output=True,
         text=True,
         timeout=120,
