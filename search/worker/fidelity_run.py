@@ -58,7 +58,8 @@ class FidelityRun(PackRun):
 
     def _settle_trial(self, ticket: Ticket) -> None:
         """Lets the trial go on to its full training, or ends it."""
-        is_base = ticket.number in base_numbers(self._ledger.tickets(ticket.study))
+        trials = [other for other in self._ledger.tickets(ticket.study) if other.kind == ticket.kind]
+        is_base = ticket.number in base_numbers(trials)
         factor = self._fidelity.reduction_factor
         settled = self._ledger.settle_fidelity(
             ticket, lambda value, values: is_base or is_promoted(value, values, factor)
