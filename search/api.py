@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from search.config import StudyConfig, load_study_config, parse_study
 from search.database import check_study_name, mask_url, resolve_storage_url
 from search.errors import SearchError, StudyStoppedError, UserInputError
-from search.ledger import KINDS, Ledger, Ticket
+from search.ledger import CONFIRM, KINDS, NOISE, SEARCH, Ledger, Ticket
 from search.paths import StudyFolder, default_runs_dir
 from search.report import StudyRows, StudyStatus, headline, study_status
 from search.snapshot import Snapshot, take_snapshot
@@ -32,12 +32,16 @@ if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
+    from search.confirm import ConfirmReport, NoiseReport
     from search.export import BestTrial
     from search.launch.launcher import Launcher
+    from search.launch.plan import LaunchPlan
     from search.launch.prepare import StudyPlan
     from search.page import Review
 
 POLL_SECONDS = 0.5
+
+Progress = Callable[[str], object]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -146,7 +150,7 @@ class Study:
         workers: int = 1,
         devices: Sequence[str] = (),
         hang_seconds: float = HANG_SECONDS,
-        progress: Callable[[str], object] | None = print,
+        progress: Progress | None = print,
     ) -> StudyStatus:
         """Trains on this host until the budget is spent; an interrupt hands the running trials back.
 
@@ -163,7 +167,6 @@ class Study:
             StudyStoppedError: It gave up, for example after too many failed trials in a row.
             SearchError: No worker is left, and trials are.
         """
-        from search.launch.local import LocalLauncher
         from search.launch.plan import LaunchPlan
 
         plan = LaunchPlan(
@@ -174,25 +177,105 @@ class Study:
             hang_seconds=hang_seconds,
             timeout=self.config.timeout,
         )
-        if self.has_work:
-            with LocalLauncher(plan, open_existing(self.storage_url, self.name, OUTAGE_SECONDS)) as launcher:
-                self._look_after(launcher, progress)
-            raise_failures(launcher, self.status)
+        self._work(plan, progress)
         return self.status
 
-    @property
-    def has_work(self) -> bool:
-        """Whether trials wait or run, or records are to be sent."""
-        return any(self.ledger.open_counts(self.name, KINDS).values()) or bool(self.ledger.unmirrored(self.name))
+    def noise(
+        self,
+        seeds: int | None = None,
+        *,
+        workers: int = 1,
+        devices: Sequence[str] = (),
+        train: bool = True,
+        progress: Progress | None = print,
+    ) -> NoiseReport:
+        """How far apart equal trainings of the base are, and which gain could be told from that.
 
-    def _look_after(self, launcher: Launcher, progress: Callable[[str], object] | None) -> None:
+        Args:
+            seeds: Trains the base on so many, where it has not been; None only finishes what was asked for.
+            workers: As in `run`.
+            devices: As in `run`.
+            train: False leaves the training to workers elsewhere.
+            progress: As in `run`.
+
+        Returns:
+            What is known so far.
+        """
+        from search.confirm import add_noise, noise_report
+
+        if seeds is not None:
+            add_noise(self.ledger, self.config, seeds)
+        self._rerun(NOISE, workers, devices, train, progress)
+        return noise_report(self.ledger, self.config)
+
+    def confirm(
+        self,
+        top: int | None = None,
+        seeds: int | None = None,
+        *,
+        epochs: int | None = None,
+        workers: int = 1,
+        devices: Sequence[str] = (),
+        train: bool = True,
+        progress: Progress | None = print,
+    ) -> ConfirmReport:
+        """Trains base and best trials again on the same seeds: `.verdict()` says which are really better.
+
+        Called again without options it shows, or finishes, the confirmation that was asked for last.
+
+        Args:
+            top: So many of the best trials; 3 at first.
+            seeds: Other ones than the search's; 5 at first.
+            epochs: Of each training; the study's unless said otherwise.
+            workers: As in `run`.
+            devices: As in `run`.
+            train: False leaves the training to workers elsewhere.
+            progress: As in `run`.
+
+        Returns:
+            What is known so far.
+
+        Raises:
+            UserInputError: There is nothing to confirm yet.
+        """
+        from search.confirm import add_confirmation, confirm_report, latest_confirmation
+
+        latest = latest_confirmation(self.ledger, self.config)
+        length = epochs or (self.config.train.epochs if latest is None or top or seeds else latest.epochs)
+        if latest is None or (top, seeds, epochs) != (None, None, None):
+            add_confirmation(self.ledger, self.config, top or 3, seeds or 5, length)
+        self._rerun(CONFIRM, workers, devices, train, progress)
+        return confirm_report(self.ledger, self.config, length)
+
+    def _rerun(self, kind: str, workers: int, devices: Sequence[str], train: bool, progress: Progress | None) -> None:
+        from search.launch.plan import LaunchPlan
+
+        plan = LaunchPlan(
+            storage_url=self.storage_url, folder=self.folder, workers=workers, devices=tuple(devices), only=kind
+        )
+        if train:
+            self._work(plan, progress)
+
+    def has_work(self, kinds: Sequence[str] = KINDS) -> bool:
+        """Whether trials (of some kinds of tickets) wait or run, or records are to be sent."""
+        is_open = any(self.ledger.open_counts(self.name, tuple(kinds)).values())
+        return is_open or bool(self.ledger.unmirrored(self.name))
+
+    def _work(self, plan: LaunchPlan, progress: Progress | None) -> None:
+        """Looks after local workers until none is left."""
+        from search.launch.local import LocalLauncher
+
+        if not self.has_work(plan.kinds):
+            return
         shown = ""
-        while launcher.poll():
-            line = headline(self.status, with_eta=False) if progress is not None else shown
-            if progress is not None and line != shown:
-                shown = line
-                progress(line)
-            time.sleep(POLL_SECONDS)
+        with LocalLauncher(plan, open_existing(self.storage_url, self.name, OUTAGE_SECONDS)) as launcher:
+            while launcher.poll():
+                line = headline(self.status, with_eta=False) if progress is not None else shown
+                if progress is not None and line != shown:
+                    shown = line
+                    progress(line)
+                time.sleep(POLL_SECONDS)
+        raise_failures(launcher, self.ledger, self.name, plan.kinds)
 
     # -- reading it ---------------------------------------------------------------------------------------------------
 
@@ -358,13 +441,12 @@ def write_report(study: Study, review: Review, path: Path) -> Path:
     return path
 
 
-def raise_failures(launcher: Launcher, status: StudyStatus) -> None:
-    """Raises what the workers ended with, where that kept the study from its end."""
-    if status.stop_reason is not None:
-        raise StudyStoppedError(
-            f"study {status.study} stopped: {status.stop_reason}; `run` takes it up again once that is mended"
-        )
-    if launcher.failures and not status.finished:
+def raise_failures(launcher: Launcher, ledger: Ledger, study: str, kinds: tuple[str, ...]) -> None:
+    """Raises what the workers ended with, where that kept these kinds of tickets from their end."""
+    reason = ledger.study(study).stop_reason
+    if SEARCH in kinds and reason is not None:
+        raise StudyStoppedError(f"study {study} stopped: {reason}; `run` takes it up again once that is mended")
+    if launcher.failures and any(ledger.open_counts(study, kinds).values()):
         failure = "; ".join(launcher.failures)
         raise UserInputError(failure) if launcher.bad_input else SearchError(failure)
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from search.api import raise_failures
 from search.cli_common import (
     AsJson,
     Checkpoints,
@@ -42,7 +43,7 @@ from search.cli_common import (
 from search.cli_live import Screen, TrialScreen, WorkerScreen, look_after
 from search.config import StudyConfig
 from search.database import resolve_storage_url
-from search.errors import EXIT_INTERRUPTED, SearchError, StudyStoppedError, UserInputError
+from search.errors import EXIT_INTERRUPTED, StudyStoppedError, UserInputError
 from search.launch.launcher import Launcher
 from search.launch.local import LocalLauncher
 from search.launch.plan import LaunchPlan, choose_gpus, choose_workers
@@ -321,14 +322,7 @@ def work(job: Job, launcher: Launcher, screen: Screen, *, quiet: bool, kinds: tu
         except KeyboardInterrupt:
             print_line(STOPPING, to=err)
             raise
-    status = study_status(job.ledger, job.config)
-    if SEARCH in kinds and status.stop_reason is not None:
-        raise StudyStoppedError(
-            f"study {status.study} stopped: {status.stop_reason}; `run` takes it up again once that is mended"
-        )
-    if launcher.failures and any(job.ledger.open_counts(job.config.name, kinds).values()):
-        failure = "; ".join(launcher.failures)
-        raise UserInputError(failure) if launcher.bad_input else SearchError(failure)
+    raise_failures(launcher, job.ledger, job.config.name, kinds)
 
 
 def _interrupt(_number: int, _frame: object) -> None:

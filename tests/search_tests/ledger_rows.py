@@ -42,7 +42,7 @@ def claim(ledger: Ledger, worker: str, count: int, *, pack: int = 4) -> tuple[Ti
     ledger.register_worker(worker, NAME, "a-host", 4_000_000, "cpu bf16")
     ledger.set_pack(worker, pack)
     tickets = ledger.claim(NAME, worker, count, 300.0)
-    return tuple(ledger.link_trial(t, 100 + t.number, t.number, {"box": 0.1}) for t in tickets)
+    return tuple(ledger.link_trial(t, 100 + t.number, t.number, {"box": 0.05 + 0.01 * t.number}) for t in tickets)
 
 
 def report(ledger: Ledger, ticket: Ticket, values: Sequence[float | None]) -> None:

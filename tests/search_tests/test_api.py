@@ -149,3 +149,23 @@ def test_create_and_run_train_the_budget_and_run_again_has_nothing_to_do(
     assert replace(status, trials=()) == replace(study.run(progress=lines.append), trials=())
     more = Study.create(tiny.file, runs_dir=tiny.runs, more_trials=1)
     assert more.trials()["state"].tolist() == ["COMPLETE"] * 2 + ["WAITING"]
+
+
+def test_noise_without_training_asks_for_the_seeds_and_says_what_is_known(study: Study) -> None:
+    first = study.noise(3, train=False)
+    again = study.noise(train=False)
+
+    assert (first.asked, first.done, first.spread) == (3, 0, None)
+    assert again == first
+    assert study.has_work(("noise",))
+    assert len(study.trials()) == 6
+
+
+def test_confirm_goes_on_with_what_was_asked_for_last(study: Study) -> None:
+    first = study.confirm(top=1, seeds=2, train=False)
+    again = study.confirm(train=False)
+
+    assert [candidate.trial for candidate in first.candidates] == [1]
+    assert first.asked == 4
+    assert first.verdict() == "nothing to compare yet: 0 of 4 reruns are complete"
+    assert again == first
