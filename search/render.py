@@ -15,6 +15,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from search.review import StudyData
+from yolocore.details import EvaluationDetails, load_details
+from yolocore.errors import CheckpointError
 
 LOWEST_PRIORITY = 19
 STUDY, TRIALS = "study", "trials"
@@ -47,6 +49,13 @@ def start(job: RenderJob) -> BaseProcess:
 
 def render(job: RenderJob) -> None:
     """Draws everything; files appear in the job's folder."""
+    _render_study(job)
+    for ticket_id, file in job.pictures.items():
+        with suppress(CheckpointError):  # a damaged file: a trial without pictures
+            _render_trial(job, ticket_id, load_details(file))
+
+
+def _render_study(job: RenderJob) -> None:
     from search.note import note
     from search.page import Review, plot_page, report_page
 
@@ -60,3 +69,18 @@ def render(job: RenderJob) -> None:
         (folder / "plots" / f"{number:02d}-{plot.key}.html").write_text(page, encoding="utf-8")
     (folder / "report.html").write_text(report_page(review, job.hyp), encoding="utf-8")
     (folder / NOTE_FILE).write_text(note(job.data, review.found, review.plots), encoding="utf-8")
+
+
+def _render_trial(job: RenderJob, ticket_id: int, details: EvaluationDetails) -> None:
+    from search.pictures import draw_pictures
+
+    data = job.data
+    ticket = next(ticket for ticket in data.tickets if ticket.id == ticket_id)
+    if details.epoch != ticket.best_epoch:
+        return  # of another attempt
+    is_base = data.base is not None and data.base.id == ticket_id
+    title = f"base (trial {ticket.trial_number})" if is_base else f"trial {ticket.trial_number}"
+    folder = job.folder / TRIALS / str(ticket_id) / "pictures"
+    folder.mkdir(parents=True)
+    base = {} if is_base or data.base is None else data.class_ap(data.base)
+    draw_pictures(details, data.class_names, title, base, folder)

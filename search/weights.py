@@ -26,6 +26,11 @@ from yolocore.errors import CheckpointError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from yolocore.details import EvaluationDetails
+
+DETAILS_NAME = "details.npz"
+"""Beside a trial's weights, until its pictures are drawn."""
+
 _NAME = re.compile(r"weights-(?P<epochs>\d{4,})-(?P<attempt>\d{4,})-(?P<digest>[0-9a-f]{32})\.safetensors")
 
 
@@ -151,6 +156,45 @@ class WeightsStore:
                     f"{output}: cannot be written: {error.strerror}; allowed: a path in a writable folder"
                 ) from None
         return output
+
+    def save_details(self, ticket_number: int, details: EvaluationDetails) -> None:
+        """Stores what pictures of a trial are drawn from, in the place of what an earlier epoch left.
+
+        Raises:
+            CheckpointError: It cannot be written.
+        """
+        from yolocore.details import save_details
+
+        folder = self._folder(ticket_number)
+        what = f"trial {ticket_number}: the details of its evaluation cannot be written to"
+        with failures_of(self._place, what, folder), self._place.staging(folder) as staging:
+            staged = staging / f".details.{os.getpid()}.npz"
+            try:
+                save_details(staged, details)
+                self._place.publish(staged, folder / DETAILS_NAME)
+            finally:
+                staged.unlink(missing_ok=True)
+
+    def copy_details(self, ticket_number: int, output: Path) -> bool:
+        """Copies the details of a trial's evaluation to a local file; False if there are none.
+
+        Raises:
+            CheckpointError: They cannot be read.
+        """
+        folder = self._folder(ticket_number)
+        with failures_of(self._place, f"trial {ticket_number}: its details cannot be read from", folder):
+            if not any(name == DETAILS_NAME for name, _ in self._place.files(folder)):
+                return False
+            with self._place.fetched(folder / DETAILS_NAME) as local:
+                shutil.copyfile(local, output)
+        return True
+
+    def drop_details(self, ticket_number: int) -> None:
+        """Deletes the details of a trial's evaluation, if there are any."""
+        folder = self._folder(ticket_number)
+        with failures_of(self._place, f"trial {ticket_number}: its details cannot be deleted from", folder):
+            if any(name == DETAILS_NAME for name, _ in self._place.files(folder)):
+                self._place.remove(folder / DETAILS_NAME)
 
     def _remove(self, ticket_number: int, files: Sequence[StoredCheckpoint], dry_run: bool) -> int:
         folder = self._folder(ticket_number)

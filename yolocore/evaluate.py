@@ -1,6 +1,6 @@
 """A stacked model and a validation set give one `DetectionMetrics` per slot, in one pass over the batches."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -9,9 +9,19 @@ from torch import Tensor
 
 from yolocore.assign import assign_targets
 from yolocore.data.loader import Batch, ImageInfo
+from yolocore.details import SHOWN_IMAGES, EvaluationDetails, ShownImage, shown_pixels
 from yolocore.device import Precision, autocast, images_as_input, input_dtype
 from yolocore.loss import LossWeights, detection_loss
-from yolocore.metrics import IOU_THRESHOLDS, DetectionMetrics, match_detections, summarise
+from yolocore.metrics import (
+    CONFUSION_CONFIDENCE,
+    IOU_THRESHOLDS,
+    DetectionMetrics,
+    class_curves,
+    class_metrics,
+    confusion,
+    match_detections,
+    summarise,
+)
 from yolocore.model import YOLOv5
 from yolocore.postprocess import decode, nms
 
@@ -28,6 +38,7 @@ def evaluate(
     anchor_threshold: float,
     device: torch.device,
     precision: Precision,
+    on_done: Callable[["Evaluation"], None] | None = None,
 ) -> list[DetectionMetrics]:
     """Score every slot of a model on the same batches.
 
@@ -40,6 +51,7 @@ def evaluate(
         anchor_threshold: the hyp key `anchor_t`.
         device: where the model is.
         precision: of the forward pass; decoding, losses and metrics are at least float32.
+        on_done: gets the evaluation, from which `Evaluation.details` tells more than the metrics.
 
     Returns:
         One per slot. A set without images, labels or detections scores zeros.
@@ -58,8 +70,12 @@ def evaluate(
                 decoded = decode(raw, model.anchors, model.strides)
                 height, width = images.shape[2:]
                 evaluation.add(raw, decoded, batch.targets, batch.infos, (height, width))
+                if on_done is not None:
+                    evaluation.show(batch)
     finally:
         model.train(was_training)
+    if on_done is not None:
+        on_done(evaluation)
     return evaluation.results()
 
 
@@ -79,6 +95,9 @@ class Evaluation:
         self._anchor_threshold = anchor_threshold
         self._slots = [_Matches() for _ in range(num_slots)]
         self._label_classes: list[NDArray[np.float32]] = []
+        self._labels: list[NDArray[np.float32]] = []
+        self._shown: list[tuple[NDArray[np.uint8], tuple[int, int]]] = []
+        self._num_classes = 0
         self._losses = torch.zeros(num_slots, 3, dtype=torch.float64)
         self._batches = 0
         self._images = 0
@@ -104,6 +123,8 @@ class Evaluation:
         """
         labels = _native_labels(targets.cpu().numpy(), infos, image_size)
         self._label_classes += [rows[:, 0] for rows in labels]
+        self._labels += labels
+        self._num_classes = decoded.shape[-1] - 5
         detections = _native_detections(
             nms(decoded.flatten(0, 1), CONFIDENCE, NMS_IOU, MAX_DETECTIONS, multi_label=True), infos
         )
@@ -113,6 +134,33 @@ class Evaluation:
         self._losses += self._batch_losses(raw, targets.to(raw[0].device)).cpu()
         self._batches += 1
         self._images += len(infos)
+
+    def show(self, batch: Batch) -> None:
+        """Keep small copies of the first images; the batch has been added before."""
+        for image, info in zip(batch.images.numpy(), batch.infos, strict=True):
+            if len(self._shown) < SHOWN_IMAGES:
+                self._shown.append((shown_pixels(image, info), info.native))
+
+    def details(self, slot: int, epoch: int) -> EvaluationDetails:
+        """What pictures of one slot are drawn from.
+
+        Args:
+            slot: which of the K.
+            epoch: to be noted.
+        """
+        matches = self._slots[slot]
+        target = np.concatenate([np.zeros(0, dtype=np.float32), *self._label_classes])
+        matrix = np.zeros((self._num_classes + 1, self._num_classes + 1), dtype=np.int64)
+        for detections, labels in zip(matches.confident, self._labels, strict=True):
+            matrix += confusion(detections, labels, self._num_classes)
+        rows = class_metrics(*matches.joined(), target)
+        images = tuple(
+            ShownImage(pixels, native, labels, detections)
+            for (pixels, native), labels, detections in zip(self._shown, self._labels, matches.confident, strict=False)
+        )
+        counts = np.unique(target, return_counts=True)[1].astype(np.int64)
+        curves = class_curves(*matches.joined(), target)
+        return EvaluationDetails(epoch, curves, rows.ap[:, 0], rows.ap.mean(axis=1), counts, matrix, images)
 
     def _batch_losses(self, raw: Sequence[Tensor], targets: Tensor) -> Tensor:
         """Weighted box, objectness and classification loss of one batch, [K, 3]."""
@@ -136,11 +184,14 @@ class _Matches:
     def __init__(self) -> None:
         self._correct = [np.zeros((0, len(IOU_THRESHOLDS)), dtype=np.bool_)]
         self._scored = [np.zeros((0, 2), dtype=np.float32)]
+        self.confident: list[NDArray[np.float32]] = []
+        """The detections [n, 6] of each image that a person would take for found."""
 
     def add(self, detections: NDArray[np.float32], labels: NDArray[np.float32]) -> None:
         """Match the detections [n, 6] and labels [m, 5] of one image, in native pixels."""
         self._correct.append(match_detections(detections, labels))
         self._scored.append(detections[:, 4:])
+        self.confident.append(detections[detections[:, 4] > CONFUSION_CONFIDENCE])
 
     def joined(self) -> tuple[NDArray[np.bool_], NDArray[np.float32], NDArray[np.float32]]:
         """Correctness [n, t], confidence [n] and class [n] of all detections."""

@@ -79,6 +79,21 @@ class ClassMetrics:
     """[n, thresholds] average precision."""
 
 
+@dataclass(frozen=True, slots=True)
+class ClassCurves:
+    """Curves at an overlap of 0.5, one row per class that has labels, in ascending order of the class."""
+
+    classes: NDArray[np.int64]
+    recall: NDArray[np.float64]
+    """[101] points of the precision-recall curve."""
+    precision: NDArray[np.float64]
+    """[n, 101] the falling envelope at these recalls."""
+    confidence: NDArray[np.float64]
+    """[p] points of the F1 curve."""
+    f1: NDArray[np.float64]
+    """[n, p]"""
+
+
 def pairwise_iou(first: NDArray[np.float32], second: NDArray[np.float32]) -> NDArray[np.float32]:
     """Overlap of every box [m, 4] with every box [n, 4], corners x1, y1, x2, y2 in one frame, as [m, n]."""
     first_area = (first[:, 2] - first[:, 0]) * (first[:, 3] - first[:, 1])
@@ -128,10 +143,15 @@ def average_precision(recall: NDArray[np.float64], precision: NDArray[np.float64
         recall: [n] not falling, 0..1.
         precision: [n] at these recalls.
     """
+    return float(np.trapezoid(_envelope(recall, precision), _RECALL_POINTS))
+
+
+def _envelope(recall: NDArray[np.float64], precision: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The falling envelope of a precision-recall curve at the recall points."""
     extended_recall = np.concatenate(([0.0], recall, [1.0]))
     extended_precision = np.concatenate(([1.0], precision, [0.0]))
     envelope = np.maximum.accumulate(extended_precision[::-1])[::-1]
-    return float(np.trapezoid(np.interp(_RECALL_POINTS, extended_recall, envelope), _RECALL_POINTS))
+    return np.interp(_RECALL_POINTS, extended_recall, envelope)
 
 
 def smooth(curve: NDArray[np.float64], fraction: float = _SMOOTHING) -> NDArray[np.float64]:
@@ -179,6 +199,58 @@ def _curves(
     precision_curve = np.interp(-_CONFIDENCE_POINTS, -confidence, precision[:, 0], left=1)
     ap = [average_precision(recall[:, j], precision[:, j]) for j in range(correct.shape[1])]
     return ap, precision_curve, recall_curve
+
+
+def class_curves(
+    correct: NDArray[np.bool_],
+    confidence: NDArray[np.float32],
+    predicted: NDArray[np.generic],
+    target: NDArray[np.generic],
+) -> ClassCurves:
+    """The curves of each class that has labels; arguments as for `class_metrics`."""
+    classes, counts = np.unique(np.asarray(target, dtype=np.int64), return_counts=True)
+    precisions, f1 = np.zeros((len(classes), len(_RECALL_POINTS))), np.zeros((len(classes), len(_CONFIDENCE_POINTS)))
+    for i, (index, count) in enumerate(zip(classes, counts, strict=True)):
+        chosen = np.flatnonzero(predicted == index)
+        if not len(chosen):
+            continue
+        chosen = chosen[np.argsort(-confidence[chosen], kind="stable")]
+        hits = correct[chosen].cumsum(axis=0)[:, 0]
+        precisions[i] = _envelope(hits / (count + _EPSILON), hits / np.arange(1, len(chosen) + 1))
+        _, precision, recall = _curves(correct[chosen], confidence[chosen], count)
+        f1[i] = 2 * precision * recall / (precision + recall + _EPSILON)
+    return ClassCurves(classes, _RECALL_POINTS, precisions, _CONFIDENCE_POINTS, f1)
+
+
+CONFUSION_CONFIDENCE = 0.25
+CONFUSION_IOU = 0.45
+
+
+def confusion(detections: NDArray[np.float32], labels: NDArray[np.float32], num_classes: int) -> NDArray[np.int64]:
+    """Who is taken for whom in one image, whatever its class: each label pairs with the detection it overlaps most.
+
+    Args:
+        detections: [n, 6] x1, y1, x2, y2, score, class; those that count as found.
+        labels: [m, 5] class, x1, y1, x2, y2.
+        num_classes: C.
+
+    Returns:
+        [C + 1, C + 1] counts: row what was found, column what is there; the last one is nothing.
+    """
+    matrix = np.zeros((num_classes + 1, num_classes + 1), dtype=np.int64)
+    found, there = detections[:, 5].astype(np.int64), labels[:, 0].astype(np.int64)
+    overlap = pairwise_iou(labels[:, 1:5], detections[:, :4])
+    free_labels, free_detections = np.ones(len(there), dtype=np.bool_), np.ones(len(found), dtype=np.bool_)
+    for place in np.argsort(-overlap, axis=None, kind="stable"):
+        label, detection = divmod(int(place), len(found))
+        if overlap[label, detection] <= CONFUSION_IOU:
+            break
+        if free_labels[label] and free_detections[detection]:
+            free_labels[label] = free_detections[detection] = False
+            matrix[found[detection], there[label]] += 1
+    matrix[num_classes, :num_classes] = np.bincount(there[free_labels], minlength=num_classes)
+    matrix[:num_classes, num_classes] = np.bincount(found[free_detections], minlength=num_classes)
+    return matrix
 
 
 def _at_best_f1(

@@ -48,4 +48,5 @@ class WorkerContext:
             fidelity=fidelity_train_config(self.config, self.train),
             class_names=self.class_names,
             keep_weights=self.config.train.keep_weights != "none",
+            keep_details=self.config.tracking.enabled and self.config.tracking.review,
         )

@@ -10,19 +10,20 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import yaml
 
 from search.ledger import KINDS, Ledger, Ticket, WorkerState
-from search.render import NOTE_FILE, STUDY, RenderJob, start
+from search.render import NOTE_FILE, STUDY, TRIALS, RenderJob, start
 from search.review import StudyData, findings, read_study_data
 from search.space import hyperparameters
 from search.tracking import NOTE_TAG, Tracker, TrackingError
 from search.weights import value_row
 from search.worker.records import MirrorContext, metric_name
+from yolocore.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,9 @@ COST_SHARE = 0.02
 
 FINAL_SECONDS = 45.0
 """How long the end of a worker may wait for the last drawing."""
+
+TOP_TRIALS = 3
+"""Trials besides the base that get pictures."""
 
 POLL_SECONDS = 0.1
 REVIEWED_TAG = "yolosearch.reviewed"
@@ -58,6 +62,9 @@ class Gallery:
         self._next = time.monotonic() + EVERY_SECONDS
         self._drawn = -1
         """Trials that had ended at the last drawing."""
+        self._pictured: set[int] = set()
+        """Tickets whose pictures were sent."""
+        self._tidied: set[int] = set()
 
     def poll(self, summary: Callable[[], str]) -> None:
         """Starts a drawing that is due, or sends one that is done. Takes as long as sending takes.
@@ -115,8 +122,27 @@ class Gallery:
         data = read_study_data(self._ledger, self._context.config, self._context.class_names)
         self._folder = Path(tempfile.mkdtemp(prefix="yolosearch-"))
         self._data, self._drawn, self._began = data, self._ended(), time.monotonic()
-        job = RenderJob(data=data, hyp=self._hyp_text(data.best), folder=self._folder)
+        pictures = self._details_of(self._shown_trials(data))
+        job = RenderJob(data=data, hyp=self._hyp_text(data.best), folder=self._folder, pictures=pictures)
         self._process = start(job)
+
+    def _shown_trials(self, data: StudyData) -> list[Ticket]:
+        """The base and the best trials so far."""
+        shown = {ticket.id: ticket for ticket in (data.base, data.best, *data.complete[:TOP_TRIALS]) if ticket}
+        return list(shown.values())
+
+    def _details_of(self, tickets: Sequence[Ticket]) -> dict[int, Path]:
+        """Local copies of what pictures are drawn from, of the trials that have none yet."""
+        assert self._folder is not None
+        store, found = self._context.weights, {}
+        for ticket in tickets if store is not None else ():
+            file = self._folder / f"{ticket.id}.npz"
+            try:
+                if ticket.id not in self._pictured and store is not None and store.copy_details(ticket.number, file):
+                    found[ticket.id] = file
+            except CheckpointError as error:
+                logger.warning("%s", error)
+        return found
 
     def _hyp_text(self, best: Ticket | None) -> str | None:
         if best is None:
@@ -136,9 +162,30 @@ class Gallery:
                 why = "takes too long" if process.exitcode is None else f"ended with code {process.exitcode}"
                 logger.warning("the plots of study %s are not in MLflow: drawing %s", self._study, why)
                 return
+            for ticket in self._shown_trials(data):
+                self._send_pictures(ticket, folder / TRIALS / str(ticket.id))
             self._send_study(run_id, folder / STUDY, data)
+            self._tidy(data)
         finally:
             self.close()
+
+    def _send_pictures(self, ticket: Ticket, folder: Path) -> None:
+        if ticket.run_id is None or not folder.is_dir():
+            return
+        files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+        self._tracker.log_artifacts(ticket.run_id, files)
+        self._pictured.add(ticket.id)
+
+    def _tidy(self, data: StudyData) -> None:
+        """Deletes what pictures are drawn from, of trials that have them or will never be among the best."""
+        shown = {ticket.id for ticket in self._shown_trials(data)} - self._pictured
+        for ticket in data.tickets:
+            if ticket.state.is_final and ticket.id not in shown | self._tidied and self._context.weights is not None:
+                try:
+                    self._context.weights.drop_details(ticket.number)
+                except CheckpointError as error:
+                    logger.warning("%s", error)
+                self._tidied.add(ticket.id)
 
     def _send_study(self, run_id: str, folder: Path, data: StudyData) -> None:
         files: dict[str, Path | str] = {

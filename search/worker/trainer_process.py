@@ -76,6 +76,8 @@ class TrainerSettings:
     """How the cheap training goes that comes before the full one, if the study has one."""
     keep_weights: bool = True
     """Whether the weights of the epochs that give trials their values are stored."""
+    keep_details: bool = False
+    """Whether what pictures of these epochs are drawn from is stored."""
 
     def open_checkpoints(self) -> CheckpointStore:
         """The store of this study's checkpoints: those of its trials."""
@@ -213,8 +215,8 @@ class _Trainer:
         self._started = True
         while not trainer.finished:
             reports = trainer.run_epoch()
-            if not self._in_fidelity:
-                self._keep_weights(trainer, reports)
+            if not self._in_fidelity and self._cohort is None:
+                self._keep(trainer, reports)
             self._send(EpochDone(tuple(reports), self._on_test(trainer, reports)))
             self._owed += 1
             self._obey(trainer)
@@ -295,16 +297,32 @@ class _Trainer:
         """Whether the supervisor has said something before the deadline."""
         return self._connection.poll(max(0.0, deadline - time.monotonic()))
 
-    def _keep_weights(self, trainer: PackTrainer, reports: Sequence[EpochReport]) -> None:
-        """Writes the weights of the epoch that gives a trial its value: its last one, or its best one so far."""
-        for report in reports if self._settings.keep_weights and self._cohort is None else ():
-            if report.metrics is not None and report.failure is None and self._counts(report):
-                trial, epochs = self._trials[report.key].start, report.epoch + 1
-                metadata = self._settings.weights_metadata(trial.number, epochs)
-                with self._pulse():
-                    weights = trainer.slot_weights(report.key)
-                    # A full disk ends this trial; the worker, which may have other disks to write to, goes on.
-                    self._weights.save(trial.number, trial.attempt, epochs, weights, metadata)
+    def _keep(self, trainer: PackTrainer, reports: Sequence[EpochReport]) -> None:
+        """Writes what is kept of the epoch that gives a trial its value: its last one, or its best one so far."""
+        for report in reports:
+            if report.metrics is None or report.failure is not None or not self._counts(report):
+                continue
+            with self._pulse():
+                if self._settings.keep_weights:
+                    self._keep_weights(trainer, report)
+                if self._settings.keep_details:
+                    self._keep_details(trainer, report)
+
+    def _keep_weights(self, trainer: PackTrainer, report: EpochReport) -> None:
+        trial, epochs = self._trials[report.key].start, report.epoch + 1
+        metadata = self._settings.weights_metadata(trial.number, epochs)
+        # A full disk ends this trial; the worker, which may have other disks to write to, goes on.
+        self._weights.save(trial.number, trial.attempt, epochs, trainer.slot_weights(report.key), metadata)
+
+    def _keep_details(self, trainer: PackTrainer, report: EpochReport) -> None:
+        """Pictures are worth no trial: where there is no room for them, they are missing."""
+        number = self._trials[report.key].start.number
+        details = trainer.slot_details(report.key, report.epoch)
+        try:
+            if details is not None:
+                self._weights.save_details(number, details)
+        except CheckpointError as error:
+            logger.warning("%s", error)
 
     def _counts(self, report: EpochReport) -> bool:
         assert report.metrics is not None

@@ -130,4 +130,8 @@ def test_run_worker_best_weights_become_the_champion(tmp_path: Path, tmp_path_fa
     assert champion.tags["yolosearch.trial"] == str(best.trial_number)
     assert champion.tags["yolosearch.standing"] in {"unconfirmed", "keep"}
     assert "weights/best.safetensors" in artifacts_of(study, client.get_run(champion.run_id))
+    for run in (client.get_run(ticket.run_id or "") for ticket in study.tickets()):
+        names = {name for name in artifacts_of(study, run) if name.startswith("pictures/")}
+        assert {"pictures/1-validation.jpg", "pictures/2-precision-recall.png", "pictures/class_ap.csv"} <= names
+    assert not list(study.runs.rglob("details.npz"))
     assert json.loads(json.dumps(summary_of(study).data.metrics))["trials/complete"] == 2

@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
@@ -14,9 +15,10 @@ from yolocore.data.augment import AugmentSettings
 from yolocore.data.dataset import SplitName, load_dataset_config, scan_split
 from yolocore.data.loader import Batch, TrainLoader, ValLoader
 from yolocore.data.sampling import class_weights
+from yolocore.details import EvaluationDetails
 from yolocore.device import resolve_device, resolve_precision
 from yolocore.errors import DatasetError, TrainingError
-from yolocore.evaluate import evaluate
+from yolocore.evaluate import Evaluation, evaluate
 from yolocore.host import loader_processes
 from yolocore.hyperparameters import Hyperparameters
 from yolocore.metrics import DetectionMetrics
@@ -210,6 +212,7 @@ class PackTrainer:
             torch.backends.cudnn.benchmark = not config.multi_scale
         self._fresh: dict[str, Any] | None = None
         self._class_map: dict[str, tuple[float, ...]] = {}
+        self._evaluated: tuple[tuple[str, ...], Evaluation | None] = ((), None)
         self._pack: Pack | None = None
         self._start(starts)
 
@@ -353,8 +356,22 @@ class PackTrainer:
             pack.hyperparameters[0].anchor_t,
             self.device,
             self.precision,
+            partial(self._remember, keys),
         )
         return dict(zip(keys, results, strict=True))
+
+    def _remember(self, keys: Sequence[str], evaluation: Evaluation) -> None:
+        self._evaluated = (tuple(keys), evaluation)
+
+    def slot_details(self, key: str, epoch: int) -> EvaluationDetails | None:
+        """What pictures of a slot's last evaluation are drawn from; None if the last one was without it.
+
+        Args:
+            key: of the slot.
+            epoch: that was evaluated, to be noted.
+        """
+        keys, evaluation = self._evaluated
+        return None if evaluation is None or key not in keys else evaluation.details(keys.index(key), epoch)
 
     def _is_evaluated(self, done: int) -> bool:
         return done % self.config.eval_every == 0 or done == self.config.epochs
