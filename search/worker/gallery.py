@@ -123,7 +123,7 @@ class Gallery:
         self._folder = Path(tempfile.mkdtemp(prefix="yolosearch-"))
         self._data, self._drawn, self._began = data, self._ended(), time.monotonic()
         pictures = self._details_of(self._shown_trials(data))
-        job = RenderJob(data=data, hyp=self._hyp_text(data.best), folder=self._folder, pictures=pictures)
+        job = RenderJob(data=data, hyp=self._hyp_text(data), folder=self._folder, pictures=pictures)
         self._process = start(job)
 
     def _shown_trials(self, data: StudyData) -> list[Ticket]:
@@ -144,11 +144,13 @@ class Gallery:
                 logger.warning("%s", error)
         return found
 
-    def _hyp_text(self, best: Ticket | None) -> str | None:
+    def _hyp_text(self, data: StudyData) -> str | None:
+        best = data.best
         if best is None:
             return None
         hyp = hyperparameters(self._context.config, best.params or {})
-        return hyp.to_yaml([f"trial {best.trial_number} of study {self._study}, the best so far, unconfirmed"])
+        how = "confirmed" if findings(data).standing == "confirmed" else "the best so far, unconfirmed"
+        return hyp.to_yaml([f"trial {best.trial_number} of study {self._study}, {how}"])
 
     def _send(self, run_id: str) -> None:
         """Sends what was drawn, and the numbers that belong to it."""
@@ -192,11 +194,11 @@ class Gallery:
             path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()
         }
         text = Path(files.pop(NOTE_FILE)).read_text(encoding="utf-8")
-        if (hyp := self._hyp_text(data.best)) is not None:
+        if (hyp := self._hyp_text(data)) is not None:
             files["hyp.best.yaml"] = hyp
         files["study.yaml"] = yaml.safe_dump(self._context.config.to_json(), sort_keys=False, allow_unicode=True)
         self._tracker.log_artifacts(run_id, files)
-        ended = [ticket for ticket in data.tickets if ticket.state.is_final]
+        ended = [ticket for ticket in data.every_ticket if ticket.state.is_final]
         moment = max((ticket.finished or 0.0 for ticket in ended), default=data.now)
         self._tracker.log_epochs(run_id, [(len(ended), self._numbers(data), moment)])
         counts = {f"yolosearch.trials.{state.lower()}": str(count) for state, count in findings(data).counts.items()}
@@ -226,16 +228,21 @@ class Gallery:
             if name.startswith(("metrics/", "class_ap/"))
         }
 
-    def _has_weights(self, data: StudyData, best: Ticket) -> bool:
-        """Whether the mirror found weights to send with the trial."""
+    def _send_weights(self, data: StudyData, best: Ticket) -> bool:
+        """Whether there are trained weights of a trial; its run has them then."""
         store = self._context.weights
-        return store is not None and store.find(best.number, value_row(best, data.rows(best))) is not None
+        file = None if store is None else store.find(best.number, value_row(best, data.rows(best)))
+        if store is None or file is None or best.run_id is None:
+            return False
+        with store.fetched(best.number, file) as local:
+            self._tracker.log_artifacts(best.run_id, {CHAMPION_FILE: local})
+        return True
 
     def _register(self) -> None:
         """Makes the best trial's weights the champion of the study's registered model."""
         data = read_study_data(self._ledger, self._context.config, self._context.class_names)
         best = data.best
-        if best is None or best.run_id is None or not self._has_weights(data, best):
+        if best is None or best.run_id is None or not self._send_weights(data, best):
             return
         found = findings(data)
         value = "" if best.value is None else f"{best.value:.6g}"
