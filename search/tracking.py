@@ -13,6 +13,7 @@ MLflow takes seconds to import, so that happens at the first call and not with t
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import math
 import os
@@ -48,6 +49,10 @@ STATE_TAG = "yolosearch.state"
 REASON_TAG = "yolosearch.reason"
 CHANGED_PARAMS_TAG = "yolosearch.changed_params"
 NOTE_TAG = "mlflow.note.content"
+VIEW_KEY = "yolosearch"
+VIEW_TAG = f"mlflow.sharedViewState.{VIEW_KEY}"
+"""Where MLflow's UI looks for the columns of a table that a link names by its key."""
+
 SUMMARY_TICKET = "summary"
 CHAMPION = "champion"
 """Alias of the registered model's version that a study recommends."""
@@ -132,6 +137,14 @@ class Tracker(Protocol):
 
     def ensure_experiment(self, study: str, config_text: str = "") -> str:
         """The id of the study's experiment, which is created (with `config_text` as its note) where it is missing."""
+
+    def set_table(self, study: str, columns: Sequence[str]) -> None:
+        """What the study's table of runs shows at its deep link (`experiment_url`), the best run first.
+
+        Args:
+            study: name of the study, whose experiment exists.
+            columns: `metrics/fitness` is a metric, `params.box` a parameter, `tags.x` a tag; the first one sorts.
+        """
 
     def ensure_summary(self, study: str, tags: Mapping[str, str], params: Mapping[str, object]) -> str:
         """The id of the run that sums up the study."""
@@ -369,6 +382,9 @@ class NullTracker:
         """The study's name."""
         return study
 
+    def set_table(self, study: str, columns: Sequence[str]) -> None:
+        """Nothing."""
+
     def ensure_summary(self, study: str, tags: Mapping[str, str], params: Mapping[str, object]) -> str:  # noqa: ARG002
         """A name made from the study's."""
         return f"{study}/{SUMMARY_TICKET}"
@@ -454,6 +470,12 @@ class MlflowTracker:
             self._experiment_ids[study] = str(experiment.experiment_id)
             return self._experiment_ids[study]
 
+    def set_table(self, study: str, columns: Sequence[str]) -> None:
+        """See `Tracker`. MLflow's UI calls this a shared view; it lies in a tag of the experiment."""
+        view = json.dumps(_table_view([_column(name) for name in columns]))
+        experiment_id = self._experiment_id(study)
+        self._call("set the columns of the table", "set_experiment_tag", experiment_id, VIEW_TAG, view)
+
     def ensure_summary(self, study: str, tags: Mapping[str, str], params: Mapping[str, object]) -> str:
         """See `Tracker`."""
         return self._ensure_run(study, SUMMARY_TICKET, "summary", "summary", params, tags)
@@ -536,7 +558,12 @@ class MlflowTracker:
     def experiment_url(self, study: str, base_url: str | None = None) -> str | None:
         """See `Tracker`. An MLflow server is its own UI."""
         base = base_url or self._own_ui()
-        return experiment_url(base, self._experiment_id(study)) if base else None
+        if not base:
+            return None
+        experiment_id = self._experiment_id(study)
+        experiment = self._call("read the experiment", "get_experiment", experiment_id)
+        view = f"?viewStateShareKey={VIEW_KEY}" if VIEW_TAG in experiment.tags else ""
+        return experiment_url(base, experiment_id) + view
 
     def run_url(self, run_id: str, base_url: str | None = None) -> str | None:
         """See `Tracker`. An MLflow server is its own UI."""
@@ -746,6 +773,26 @@ def _is_outage(error: Exception) -> bool:
         or code in {"TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED"}
         or (code in {None, "INTERNAL_ERROR", "BAD_REQUEST"} and any(word in str(error) for word in outages))
     )
+
+
+def _column(name: str) -> str:
+    kind, dot, rest = name.partition(".")
+    return f"{kind}.`{rest}`" if dot and kind in {"params", "tags"} else f"metrics.`{name}`"
+
+
+def _table_view(columns: Sequence[str]) -> dict[str, Any]:
+    """The state of the UI's table: what is shown, in which order, and that charts show every run."""
+    return {
+        "searchFilter": "",
+        "orderByKey": columns[0],
+        "orderByAsc": False,
+        "startTime": "ALL",
+        "lifecycleFilter": "Active",
+        "datasetsFilter": [],
+        "modelVersionFilter": "All Runs",
+        "selectedColumns": list(columns),
+        "runsHiddenMode": "SHOWALL",
+    }
 
 
 def _staged(folder: Path, name: str, content: Path | str) -> Path:

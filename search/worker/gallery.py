@@ -207,23 +207,26 @@ class Gallery:
         self._tracker.set_tags(run_id, {**counts, **best, NOTE_TAG: text, REVIEWED_TAG: str(len(ended))})
 
     def _numbers(self, data: StudyData) -> dict[str, float]:
-        """Counts by state, and the metrics of base and best."""
+        """Counts by state, and the metrics of base and best.
+
+        All below `study/`: each prefix is a section of MLflow's chart page, and those of the trials come first there.
+        """
         found = findings(data)
-        numbers = {f"trials/{state.lower()}": float(count) for state, count in found.counts.items()}
-        numbers["trials/epochs"] = float(found.cost.slot_epochs)
+        numbers = {f"study/trials_{state.lower()}": float(count) for state, count in found.counts.items()}
+        numbers["study/epochs"] = float(found.cost.slot_epochs)
         for role, ticket in (("base", data.base), ("best", data.best)):
             if ticket is not None and ticket.value is not None:
-                numbers |= {f"{role}/{name}": value for name, value in self._metrics(data, ticket).items()}
+                numbers |= {f"study/{role}_{name}": value for name, value in self._metrics(data, ticket).items()}
         if data.base is not None and data.base.value is not None:
-            numbers["base/objective"] = data.base.value  # the best one's is there trial by trial
+            numbers["study/base_objective"] = data.base.value  # the best one's is there trial by trial
         if found.gain is not None:
-            numbers["best/gain"] = found.gain
+            numbers["study/gain"] = found.gain
         return numbers
 
     def _metrics(self, data: StudyData, ticket: Ticket) -> Mapping[str, float]:
         named = {metric_name(key, self._context.class_names): value for key, value in data.metrics(ticket).items()}
         return {
-            name.removeprefix("metrics/"): value
+            name.removeprefix("metrics/").replace("/", "_"): value
             for name, value in named.items()
             if name.startswith(("metrics/", "class_ap/"))
         }

@@ -28,7 +28,7 @@ from search.tracking import TrackedState, Tracker
 from search.transforms import hyperparameters
 from search.weights import value_row
 from search.worker.gallery import Gallery
-from search.worker.records import MirrorContext, metric_name
+from search.worker.records import MirrorContext, metric_name, table_columns
 from yolocore.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -205,7 +205,7 @@ class Mirror:
             return
         best = self._ledger.best_value(ticket.study, until=ticket.finished)
         if best is not None:
-            self._tracker.log_epochs(summary, [(ticket.trial_number, {"best/objective": best}, ticket.finished)])
+            self._tracker.log_epochs(summary, [(ticket.trial_number, {"study/best_objective": best}, ticket.finished)])
         if self._context.config.fidelity is not None:
             self._log_correlation(summary, ticket.trial_number, ticket.finished)
         if not any(self._ledger.open_counts(ticket.study).values()):
@@ -253,6 +253,7 @@ class Mirror:
             with init_lock(self._context.storage_url):
                 settings = json.dumps(self._context.record.config, indent=1)
                 self._tracker.ensure_experiment(name, settings)
+                self._tracker.set_table(name, table_columns(self._context.config))
                 run_id = self._tracker.ensure_summary(name, self._context.tags, _flat(self._context.record.config))
                 self._tracker.log_artifacts(run_id, {"study.json": settings})
                 self._ledger.set_summary_run(name, run_id)

@@ -24,9 +24,9 @@ METRIC_NAMES = {
     "train_box": "train/box_loss",
     "train_obj": "train/obj_loss",
     "train_cls": "train/cls_loss",
-    "lr_bias": "lr/bias",
-    "lr_decay": "lr/weights",
-    "lr_norm": "lr/norm",
+    "lr_bias": "train/lr_bias",
+    "lr_decay": "train/lr_weights",
+    "lr_norm": "train/lr_norm",
     "seconds": "time/epoch_seconds",
     "eval_seconds": "time/evaluation_seconds",
     "slots": "pack/slots",
@@ -56,3 +56,9 @@ def metric_name(key: str, class_names: Sequence[str]) -> str:
     if marker:
         return f"{split}{marker}" + re.sub(r"[^\w\-. ]", "_", class_names[int(index)], flags=re.ASCII)
     return METRIC_NAMES.get(key, key)
+
+
+def table_columns(config: StudyConfig) -> tuple[str, ...]:
+    """What the table of runs shows beside their names: how it went, what was found, what was tried."""
+    shown = ("objective", "metrics/mAP50", "metrics/mAP50-95", "metrics/precision", "metrics/recall")
+    return (*shown, *(f"params.{key}" for key in config.space), "tags.yolosearch.state")

@@ -70,10 +70,10 @@ def test_mirror_study_over_shows_plots_report_numbers_and_note(
     files = artifacts_of(study, summary)
     assert {"report.html", "hyp.best.yaml", "study.yaml", "plots/01-history.html", "plots/02-classes.html"} <= files
     metrics = summary.data.metrics
-    assert (metrics["trials/complete"], metrics["trials/pruned"]) == (2, 1)
-    assert (metrics["base/fitness"], metrics["best/fitness"]) == (0.4, 0.45)
-    assert metrics["best/class_ap/cat"] == pytest.approx(0.45)
-    assert study.metric_history(summary, "trials/complete") == [(3, 2.0)]
+    assert (metrics["study/trials_complete"], metrics["study/trials_pruned"]) == (2, 1)
+    assert (metrics["study/base_fitness"], metrics["study/best_fitness"]) == (0.4, 0.45)
+    assert metrics["study/best_class_ap_cat"] == pytest.approx(0.45)
+    assert study.metric_history(summary, "study/trials_complete") == [(3, 2.0)]
     note = summary.data.tags["mlflow.note.content"]
     assert note.startswith("## Unconfirmed: ")
     assert "| cat | 0.400 | 0.450 | +0.050 |" in note
@@ -134,4 +134,4 @@ def test_run_worker_best_weights_become_the_champion(tmp_path: Path, tmp_path_fa
         names = {name for name in artifacts_of(study, run) if name.startswith("pictures/")}
         assert {"pictures/1-validation.jpg", "pictures/2-precision-recall.png", "pictures/class_ap.csv"} <= names
     assert not list(study.runs.rglob("details.npz"))
-    assert json.loads(json.dumps(summary_of(study).data.metrics))["trials/complete"] == 2
+    assert json.loads(json.dumps(summary_of(study).data.metrics))["study/trials_complete"] == 2

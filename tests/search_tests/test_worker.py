@@ -149,7 +149,7 @@ def test_run_worker_tickets_added_continue_the_numbers_and_the_summary(make: Cal
     runs = study.mlflow_runs()
     assert sorted(runs) == ["summary", "trial-00000", "trial-00001", "trial-00002"]
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
-    assert [step for step, _ in study.metric_history(runs["summary"], "best/objective")] == [0, 1, 2]
+    assert [step for step, _ in study.metric_history(runs["summary"], "study/best_objective")] == [0, 1, 2]
 
 
 def test_run_worker_pruned_trial_is_pruned_everywhere(make: Callable[..., TinyStudy]) -> None:
@@ -956,7 +956,7 @@ def test_mirror_reconcile_completes_what_a_dead_worker_left_and_repeats_nothing(
     assert study.metric_history(run, "metrics/fitness") == [(0, 0.25), (1, 0.5)]
     assert study.metric_history(run, "class_ap/digit_4") == [(0, 0.125), (1, 0.125)]
     assert study.metric_history(run, "val/box_loss") == []
-    assert study.metric_history(runs["summary"], "best/objective") == [(0, 0.5)]
+    assert study.metric_history(runs["summary"], "study/best_objective") == [(0, 0.5)]
     artifacts = study.runs / "mlartifacts"
     hyps = [Hyperparameters.from_yaml(path) for path in artifacts.rglob("hyp*.yaml")]
     assert [hyp.box for hyp in hyps] == [0.05, 0.05]
