@@ -408,15 +408,26 @@ def _cost(data: StudyData) -> Cost:
     searched = [ticket for ticket in data.tickets if ticket.state.is_final and ticket.state is not TicketState.FAIL]
     starts = [ticket.started for ticket in data.every_ticket if ticket.started is not None]
     return Cost(
-        slot_epochs=sum(data.config.train.eval_every for _ in rows),
+        slot_epochs=sum(_epochs(data, ticket) for ticket in data.every_ticket),
         search_epochs=sum(_epochs(data, ticket) for ticket in searched),
         unpruned_epochs=sum(
             data.config.train.epochs if ticket.state is TicketState.PRUNED else _epochs(data, ticket)
             for ticket in searched
         ),
-        device_seconds=sum(row.metrics.get("seconds", 0.0) / max(1.0, row.metrics.get("slots", 1.0)) for row in rows),
+        device_seconds=sum(_device_seconds(found) for found in data.reports.values()),
         wall_seconds=max((row.stored_at for row in rows), default=0.0) - min(starts, default=0.0) if rows else 0.0,
     )
+
+
+def _device_seconds(rows: Sequence[EpochRow]) -> float:
+    """A trial's share of its packs' time; the epochs between two evaluations took as long, without evaluating."""
+    total, before = 0.0, -1
+    for row in rows:
+        seconds, evaluating = row.metrics.get("seconds", 0.0), row.metrics.get("eval_seconds", 0.0)
+        spent = (seconds - evaluating) * (row.epoch - before) + evaluating
+        total += spent / max(1.0, row.metrics.get("slots", 1.0))
+        before = row.epoch
+    return total
 
 
 def _epochs(data: StudyData, ticket: Ticket) -> int:
