@@ -173,6 +173,8 @@ def _takes(node: Schema, schema: Schema) -> str:
         return "a mapping, see below"
     if node.get("type") in ("integer", "number"):
         return " ".join(["a whole number" if node["type"] == "integer" else "a number", *_bounds(node)])
+    if isinstance(node.get("type"), list):
+        return " or ".join(_takes({**node, "type": kind}, schema) for kind in node["type"] if kind != "null")
     if node.get("type") == "array":
         return "a list of numbers" if "number" in str(node.get("items")) else "a list"
     words = {

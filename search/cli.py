@@ -22,6 +22,7 @@ from search import (
     cli_dashboard,
     cli_data,
     cli_doctor,
+    cli_import,
     cli_init,
     cli_launch,
     cli_report,
@@ -118,6 +119,7 @@ def _exit(error: Exception | str, code: int) -> None:
 
 
 app.add_typer(cli_init.app)
+app.add_typer(cli_import.app)
 
 
 @app.command()

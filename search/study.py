@@ -83,6 +83,9 @@ FIXED_ATTR = "yolosearch:fixed"
 ASKED_ATTR = "yolosearch:asked"
 """Attribute of a trial: the step at which its pruner was asked last, and the rungs it had before."""
 
+PRIOR_ATTR = "yolosearch:prior"
+"""Attribute of a study: finished trials of other studies, as [parameters, value]; only the sampler sees them."""
+
 TPE_HISTORY = 1000
 """Trials that TPE learns from: the best `TPE_BEST` and the latest. A study of up to so many is used whole."""
 
@@ -529,7 +532,7 @@ def _propose(
     trial.number, trial._trial_id = len(trials), _UNBORN
     view = copy.copy(study)
     view.sampler = sampler
-    view._storage = reading = _Reading(study._storage, trial, _history(config, trials))  # type: ignore[assignment]
+    view._storage = reading = _Reading(study._storage, trial, [*_prior(study, config), *_history(config, trials)])  # type: ignore[assignment]
     sampler.before_trial(view, trial)
     if _groups(config):
         sampler.infer_relative_search_space(view, trial)  # keeps the groups to itself
@@ -576,6 +579,51 @@ def _history(config: StudyConfig, trials: Sequence[FrozenTrial]) -> list[FrozenT
     best = sorted(complete, key=lambda trial: trial.values[0], reverse=True)[:TPE_BEST]
     kept = {trial.number: trial for trial in [*best, *trials[-(TPE_HISTORY - TPE_BEST) :]]}
     return [kept[number] for number in sorted(kept)]
+
+
+def add_prior(study: optuna.Study, config: StudyConfig, trials: Sequence[tuple[Mapping[str, float], float]]) -> int:
+    """Keep finished trials of comparable studies for the sampler to learn from; they are no trials of this study.
+
+    Args:
+        study: the Optuna study.
+        config: its configuration.
+        trials: search parameters, all inside the study's ranges, and the value of each.
+
+    Returns:
+        How many of them were not known yet.
+
+    Raises:
+        UserInputError: the study has several objectives.
+    """
+    if len(study.directions) > 1:
+        raise UserInputError(f"study {config.name}: has several objectives; allowed here: a study of one, or a file")
+    for params, value in trials:
+        _prior_trial(config, params, value, 0)  # raises where Optuna would later
+
+    def add() -> int:
+        stored = study._storage.get_study_user_attrs(study._study_id).get(PRIOR_ATTR, [])
+        new = [entry for params, value in trials if (entry := [dict(params), value]) not in stored]
+        study._storage.set_study_user_attr(study._study_id, PRIOR_ATTR, [*stored, *new])
+        return len(new)
+
+    return _retry(add)
+
+
+def _prior(study: optuna.Study, config: StudyConfig) -> list[FrozenTrial]:
+    """What `add_prior` kept, for the samplers that learn from trials which they did not propose."""
+    if not isinstance(config.sampler, TpeSampler | GpSampler):
+        return []
+    stored = study._storage.get_study_user_attrs(study._study_id).get(PRIOR_ATTR, ())
+    return [_prior_trial(config, params, value, index) for index, (params, value) in enumerate(stored)]
+
+
+def _prior_trial(config: StudyConfig, params: Mapping[str, float], value: float, index: int) -> FrozenTrial:
+    space = distributions(config)
+    trial = optuna.trial.create_trial(
+        params=dict(params), distributions={key: space[key] for key in params}, value=value
+    )
+    trial.number = trial._trial_id = _UNBORN - 1 - index
+    return trial
 
 
 class _Reading:

@@ -180,6 +180,37 @@ class Ledger:
 
         return self._add(study, kind, missing)
 
+    def fix_params(self, study: str, params: Sequence[Mapping[str, Any]], *, kind: str = SEARCH) -> tuple[int, ...]:
+        """Gives parameters to the first tickets that nobody has claimed yet; the budget stays as it is.
+
+        Args:
+            study: its name.
+            params: of one ticket each.
+            kind: which budget.
+
+        Returns:
+            The tickets' numbers; fewer than `params` where fewer are left.
+        """
+        columns = ticket_table.c
+        # One that was claimed before may have a trial with other parameters already.
+        untouched = (columns.state == TicketState.WAITING) & (columns.attempt == 0) & columns.fixed_params.is_(None)
+        token = uuid.uuid4().hex
+        of_kind = (columns.study == study) & (columns.kind == kind)
+
+        def fix(connection: Connection) -> tuple[int, ...]:
+            read_study(connection, study, lock=True)
+            done = sa.select(columns.number).where(of_kind & (columns.token == token)).order_by(columns.number)
+            if earlier := tuple(connection.execute(done).scalars()):
+                return earlier
+            query = sa.select(columns.id, columns.number).where(of_kind & untouched & columns.trial_id.is_(None))
+            rows = connection.execute(query.order_by(columns.number).limit(len(params)).with_for_update()).all()
+            for row, one in zip(rows, params, strict=False):
+                update = sa.update(ticket_table).where(columns.id == row.id)
+                connection.execute(update.values(fixed_params=dict(one), token=token))
+            return tuple(row.number for row in rows)
+
+        return self._write(fix) if params else ()
+
     def retry_tickets(
         self, study: str, fixed_params: Mapping[int, Mapping[str, Any] | None], *, kind: str = SEARCH
     ) -> tuple[Ticket, ...]:

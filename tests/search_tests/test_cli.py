@@ -38,7 +38,7 @@ COMMANDS = [
     "export",
     "ui",
 ]
-COMMANDS += ["noise", "confirm", "doctor", "list", "clone", "retry", "clean", "delete"]
+COMMANDS += ["import", "noise", "confirm", "doctor", "list", "clone", "retry", "clean", "delete"]
 
 
 class Result(NamedTuple):
@@ -540,6 +540,40 @@ def test_worker_two_by_hand_share_a_study(
     # Neither took the other, whose name is not on its command line, for dead.
     assert [ticket.attempt for ticket in study.tickets()] == [1] * 8
     assert len({ticket.worker for ticket in study.tickets()}) == 2
+
+
+# ---- known results ---------------------------------------------------------------------------------------------------
+
+
+def test_import_takes_files_and_studies_and_says_what_became_of_them(
+    yolosearch: Command, make: Callable[..., TinyStudy]
+) -> None:
+    study, other = make(), make("other", trials=1, train={"epochs": 7})
+    study.create()
+    other.create()
+    ticket = other.ledger.claim(NAME, "here", 1, 60.0)[0]
+    other.ledger.finish(ticket, TicketState.COMPLETE, 0.5, None, 1)
+    hyp = study.folder / "mine.yaml"
+    hyp.write_text("box: 0.5\nlr0: 0.02\nanchors: 3\n")
+    where = ("--runs-dir", study.runs)
+
+    text = yolosearch("import", NAME, hyp, *where)
+    told = json.loads(yolosearch("import", NAME, hyp, "--trials", "+2", "--json", *where).out)
+    theirs = yolosearch("import", NAME, NAME, "--from-storage", other.storage_url, *where)
+    itself = yolosearch("import", NAME, NAME, *where)
+    missing = yolosearch("import", NAME, study.folder / "none.csv", *where)
+
+    assert text.code == 0
+    assert f"{hyp}: hyp YAML, to be tried as trial 1\n" in text.out
+    assert "note: anchors left out" in text.out
+    assert "box 0.5 is outside the study's range (0.02 to 0.2, logarithmic): 0.2" in text.out
+    assert "left as in the base: lr0 0.02 (here 0.01)" in text.out
+    assert study.tickets()[1].fixed_params == {"box": 0.2, "cls": 0.5}
+    assert (told[0]["queued"], len(study.tickets())) == ({}, 5)
+    assert "the study has this trial already" in " ".join(told[0]["notes"])
+    assert "its values do not count here, where train.epochs differ" in theirs.out
+    assert (itself.code, "is the study itself" in itself.err) == (2, True)
+    assert (missing.code, "none.csv: cannot be read: No such file" in missing.err) == (2, True)
 
 
 # ---- looking after studies -------------------------------------------------------------------------------------------
