@@ -17,6 +17,7 @@ import yaml
 
 from search.launch.prepare import STEPS_FROM_SCRATCH, STEPS_FROM_WEIGHTS
 from search.schema import SCHEMA_FILE
+from search.settings import TrainSettings
 from yolocore.data.check import DatasetReport, SplitReport
 from yolocore.training.optim import NOMINAL_BATCH_SIZE
 
@@ -219,6 +220,7 @@ def study_text(draft: StudyDraft, folder: Path, *, with_schema: bool = True) -> 
                 ),
                 _weights_pair(draft, folder),
                 *(_pair(f"  {key}", choice.value, choice.why) for key, choice in trains),
+                *_patience(draft),
             ]
         ),
         "",
@@ -258,6 +260,12 @@ def _yaml(value: object) -> str:
     """A value in one line."""
     text: str = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=math.inf, allow_unicode=True)
     return text.removesuffix("...\n").strip()
+
+
+def _patience(draft: StudyDraft) -> list[tuple[str, str]]:
+    """Long trials would end after a hundred epochs without a gain, and then count with a chance epoch."""
+    usual: int = TrainSettings().patience
+    return [("  patience: 0", "only the pruner ends a trial early")] if draft.epochs.value > usual else []
 
 
 def _weights_pair(draft: StudyDraft, folder: Path) -> tuple[str, str]:

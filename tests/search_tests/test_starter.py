@@ -146,6 +146,13 @@ def test_study_text_is_a_study_that_says_what_was_decided(
     assert max(map(len, text.splitlines())) <= 120
 
 
+def test_study_text_long_trials_are_not_ended_by_patience(tmp_path: Path) -> None:
+    texts = [study_text(draft_study(report(), Wishes(epochs=epochs)), tmp_path) for epochs in (100, 101)]
+
+    assert ["patience" in yaml.safe_load(text)["train"] for text in texts] == [False, True]
+    assert yaml.safe_load(texts[1])["train"]["patience"] == 0
+
+
 def test_study_text_of_data_elsewhere_has_its_whole_path_and_quotes_what_yaml_would_misread(tmp_path: Path) -> None:
     draft = draft_study(report(Path("/data/with space: and #")), Wishes())
 
