@@ -52,6 +52,7 @@ from search.cli_common import (
 )
 from search.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, SearchError
 from search.launch.mlflow_ui import DEFAULT_HOST, MlflowUi
+from search.paths import ExportFormat
 from search.report import StudyRows, epochs_enough, status_view, sum_up, trials_table
 from search.tracking import default_tracking_uri, mask_secrets, open_tracker
 from yolocore.errors import InputError, YolocoreError
@@ -198,7 +199,7 @@ def trials(study: StudyName, storage: Storage = None, runs_dir: RunsDir = None, 
 def export(
     study: StudyName,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="FILE", help="Default runs/STUDY/hyp.best.yaml.")
+        Path | None, typer.Option("-o", "--output", metavar="FILE", help="Default hyp.best.yaml in runs/STUDY.")
     ] = None,
     weights: Annotated[
         Path | None,
@@ -207,6 +208,13 @@ def export(
         ),
     ] = None,
     trial: Annotated[int | None, typer.Option(help="Write this trial's, whatever was confirmed.")] = None,
+    form: Annotated[
+        ExportFormat,
+        typer.Option(
+            "--format",
+            help="yolov5: hyp YAML; ultralytics: what means the same in YOLOv8 and newer; json: all that is known.",
+        ),
+    ] = ExportFormat.YOLOV5,
     checkpoints: Checkpoints = None,
     storage: Storage = None,
     runs_dir: RunsDir = None,
@@ -222,7 +230,7 @@ def export(
     from search.weights import WeightsStore
 
     ledger, config, _ = read_study(study, storage, runs_dir)
-    exported = export_hyp(ledger, config, output, runs_dir, trial)
+    exported = export_hyp(ledger, config, output, runs_dir, trial, form)
     if weights is not None:
         store = WeightsStore.open(checkpoints or runs_folder(runs_dir), config.name)
         export_weights(ledger, config, store, weights, exported.best.ticket)

@@ -16,7 +16,7 @@ from search.config import StudyConfig, load_study_config
 from search.database import check_study_name, resolve_storage_url
 from search.errors import UserInputError
 from search.ledger import Ledger
-from search.paths import StudyFolder, default_runs_dir
+from search.paths import ExportFormat, StudyFolder, default_runs_dir
 from search.report import StudyStatus, study_status
 from search.tracking import mask_secrets
 from search.worker.existing import open_existing, refuse_shared_database
@@ -131,14 +131,20 @@ class Exported:
 
 
 def export_hyp(
-    ledger: Ledger, config: StudyConfig, path: Path | None, runs_dir: Path | None, trial: int | None = None
+    ledger: Ledger,
+    config: StudyConfig,
+    path: Path | None,
+    runs_dir: Path | None,
+    trial: int | None = None,
+    form: ExportFormat = ExportFormat.YOLOV5,
 ) -> Exported:
     """Writes the hyp of the confirmed winner, of the best trial, or of the one that is named; by default beside it."""
-    from search.export import best_trial, export_best
+    from search.export import best_trial
+    from search.formats import export_as
 
-    target = path or StudyFolder(runs_folder(runs_dir), config.name).best_hyp
+    target = path or StudyFolder(runs_folder(runs_dir), config.name).exported(form)
     best = best_trial(ledger, config, trial)
-    return Exported(export_best(best, target), best)
+    return Exported(export_as(best, target, form), best)
 
 
 def print_plan(plan: StudyPlan) -> None:

@@ -3,7 +3,7 @@
 import importlib.metadata
 import os
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,10 +22,33 @@ CLS_PW_NOTE = (
     "(YOLOv8 and newer) give a key of this name another meaning: do not carry it over.",
 )
 
+_HOW_TO_READ = ("raw units as train.py --hyp reads them; nothing is rescaled", *CLS_PW_NOTE)
+
 PER_CLASS_NOTE = (
     "cls_pw_per_class is a key of yolosearch: plain YOLOv5 ignores it and trains with cls_pw alone, which is",
     "the mean of these weights over the labels. The gain above was measured with the weights per class.",
 )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RerunGain:
+    """What reruns of a trial beside the base show on one split."""
+
+    split: str
+    """val or test."""
+    verdict: str
+    gain: float
+    """Of the objective, mean over the seeds."""
+    low: float
+    """Ends of its interval."""
+    high: float
+    p_value: float
+    """One-sided, corrected for the number of candidates."""
+    candidates: int
+    seeds: int
+    epochs: int
+    is_final: bool
+    """Whether no rerun waits or runs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,11 +86,20 @@ class BestTrial:
     """Its confirmed gains, a line for each split."""
     at_bounds: tuple[str, ...] = ()
     """A line for each of its values that lies at an end of its range."""
+    study_id: str = ""
+    """Name and time of creation, which no other study shares."""
+    reruns: tuple[RerunGain, ...] = ()
+    """What `gains` says, as numbers."""
 
     @property
     def is_base(self) -> bool:
         """Whether nothing beat the base."""
         return self.trial_number == 0
+
+    @property
+    def is_confirmed(self) -> bool:
+        """Whether reruns show that it is better than the base, on the split that decides."""
+        return any(gain.split == VALIDATION and gain.verdict == "better" and gain.is_final for gain in self.reruns)
 
 
 def best_trial(ledger: Ledger, config: StudyConfig, trial: int | None = None) -> BestTrial:
@@ -114,6 +146,8 @@ def best_trial(ledger: Ledger, config: StudyConfig, trial: int | None = None) ->
         why=why,
         verdict=None if report is None else report.verdict(),
         gains=() if report is None else tuple(_gains(report, best.number)),
+        study_id=f"{record.name}@{datetime.fromtimestamp(record.created, UTC).isoformat(timespec='milliseconds')}",
+        reruns=() if report is None else tuple(_reruns(report, best.number)),
     )
 
 
@@ -142,6 +176,23 @@ def _gains(report: ConfirmReport, number: int) -> Iterator[str]:
     for split, name in ((VALIDATION, "validation"), (TEST, "test")):
         if (gain := report.comparison(number, split)) is not None:
             yield f"{name}: {gain.verdict}, {gain_in_words(gain, report)}"
+
+
+def _reruns(report: ConfirmReport, number: int) -> Iterator[RerunGain]:
+    for split in (VALIDATION, TEST):
+        if (found := report.comparison(number, split)) is not None:
+            yield RerunGain(
+                split=split,
+                verdict=found.verdict,
+                gain=found.gain,
+                low=found.low,
+                high=found.high,
+                p_value=found.p_value,
+                candidates=1 if report.decisive is None else len(report.decisive.comparisons),
+                seeds=len(report.seeds),
+                epochs=report.epochs,
+                is_final=report.is_over,
+            )
 
 
 def export_weights(
@@ -189,9 +240,27 @@ def export_best(best: BestTrial, path: Path) -> Path:
         SearchError: what was read back differs.
     """
     text = best.hyperparameters.to_yaml(header(best))
+    return export_text(path, text, lambda file: Hyperparameters.from_yaml(file) == best.hyperparameters)
+
+
+def export_text(path: Path, text: str, is_same: Callable[[Path], bool]) -> Path:
+    """Writes a file that appears whole or not at all.
+
+    Args:
+        path: where to.
+        text: what.
+        is_same: whether a file with this text gives what was meant when it is read.
+
+    Returns:
+        The path.
+
+    Raises:
+        UserInputError: it cannot be written.
+        SearchError: what was read back differs.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write_atomic(path, text, best.hyperparameters)
+        _write_atomic(path, text, is_same)
     except OSError as error:
         raise UserInputError(
             f"{path}: cannot be written: {error.strerror}; allowed: a path in a writable folder"
@@ -199,8 +268,21 @@ def export_best(best: BestTrial, path: Path) -> Path:
     return path
 
 
-def header(best: BestTrial) -> Sequence[str]:
-    """The comment lines of an exported file, without `#`."""
+def written_by() -> dict[str, str]:
+    """The version that writes, and when: UTC, ISO 8601."""
+    return {
+        "yolosearch": importlib.metadata.version("yolosearch"),
+        "written": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def header(best: BestTrial, *, of_yolov5: bool = True) -> Sequence[str]:
+    """The comment lines of an exported file, without `#`.
+
+    Args:
+        best: the trial.
+        of_yolov5: whether the values are YOLOv5's, with notes on how it reads them.
+    """
     moment = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     lines = [
         f"YOLOv5 hyperparameters found by yolosearch {importlib.metadata.version('yolosearch')}",
@@ -210,14 +292,14 @@ def header(best: BestTrial) -> Sequence[str]:
         f"metrics:    {', '.join(f'{key} {value:.4f}' for key, value in best.metrics.items() if key in _SHOWN)}",
         f"searched:   {', '.join(best.searched)}",
         f"data:       fingerprint {best.fingerprint}",
+        f"study id:   {best.study_id}",
         f"anchors:    {best.anchors or 'as given, train with --noautoanchor'}",
         f"written:    {moment}",
         *_confirmation(best),
-        "raw units as train.py --hyp reads them; nothing is rescaled",
-        *CLS_PW_NOTE,
+        *(_HOW_TO_READ if of_yolov5 else ()),
     ]
     lines += [f"at a bound: {line}; a wider range may give better values" for line in best.at_bounds]
-    if best.hyperparameters.cls_pw_per_class is not None:
+    if of_yolov5 and best.hyperparameters.cls_pw_per_class is not None:
         lines += PER_CLASS_NOTE
     if best.is_base and best.why is None:
         lines.insert(3, "no trial beat the base: these are the values that the study started from")
@@ -249,7 +331,7 @@ def _against_base(best: BestTrial) -> str:
     return f"base {best.base_value:.5f} ({best.value - best.base_value:+.5f})"
 
 
-def _write_atomic(path: Path, text: str, expected: Hyperparameters) -> None:
+def _write_atomic(path: Path, text: str, is_same: Callable[[Path], bool]) -> None:
     """Write beside the target, check what a reader would get, then rename over it."""
     # Not the process id: threads share it, and hosts with a common folder may have the same.
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
@@ -258,7 +340,7 @@ def _write_atomic(path: Path, text: str, expected: Hyperparameters) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        if Hyperparameters.from_yaml(temporary) != expected:
+        if not is_same(temporary):
             raise SearchError(f"{path}: the values read back differ from the trial's; nothing was written")
         temporary.replace(path)
     finally:

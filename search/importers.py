@@ -57,8 +57,10 @@ NOT_ULTRALYTICS: Mapping[str, str] = {
     "cls_pw": "another meaning there",
     "fl_gamma": "Ultralytics models have no focal loss",
     "anchor_t": "Ultralytics models have no anchors",
+    "iou_t": "training does not use it",
+    PER_CLASS_KEY: "a key of yolosearch",
 }
-"""Why the loss keys have no counterpart."""
+"""Why the other keys have no counterpart."""
 
 COMPARABLE_TRAIN = frozenset({"seed", "device", "cache", "workers", "pack", "keep_weights"})
 """Keys of `train` that may differ between studies whose values are compared: they change noise or speed only."""

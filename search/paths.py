@@ -4,12 +4,28 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 
 from search.errors import UserInputError
 
 RUNS_DIR_VARIABLE = "YOLOSEARCH_RUNS_DIR"
 DATA_ROOT_VARIABLE = "YOLOSEARCH_DATA_ROOT"
+
+
+class ExportFormat(StrEnum):
+    """Forms in which the best trial is given out."""
+
+    YOLOV5 = "yolov5"
+    ULTRALYTICS = "ultralytics"
+    JSON = "json"
+
+
+_EXPORTED = {
+    ExportFormat.YOLOV5: "hyp.best.yaml",
+    ExportFormat.ULTRALYTICS: "hyp.ultralytics.yaml",
+    ExportFormat.JSON: "hyp.best.json",
+}
 
 
 def default_runs_dir() -> Path:
@@ -56,7 +72,11 @@ class StudyFolder:
     @property
     def best_hyp(self) -> Path:
         """Where `export` writes the best hyp unless told otherwise."""
-        return self.root / "hyp.best.yaml"
+        return self.exported(ExportFormat.YOLOV5)
+
+    def exported(self, form: ExportFormat) -> Path:
+        """Where `export --format` writes unless told otherwise."""
+        return self.root / _EXPORTED[form]
 
     def trial(self, ticket_number: int, kind: str = "search") -> Path:
         """Folder of one trial's files, or of a ticket's of another kind."""

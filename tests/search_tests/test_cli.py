@@ -353,11 +353,16 @@ def test_export_writes_the_best_trial(yolosearch: Command, make: Callable[..., T
     without = yolosearch("export", NAME, *where, "--weights", study.folder / "best.pt")
 
     assert "none of 1 trials is complete" in early.err
-    assert (without.code, "no weights of its best trial are in" in without.err) == (2, True)
-    assert told == {"study": NAME, "path": str(study.runs / NAME / "hyp.best.yaml")}
+    assert (without.code, "no weights of trial 0 are in" in without.err) == (2, True)
+    assert told == {"study": NAME, "path": str(study.runs / NAME / "hyp.best.yaml"), "trial": 0, "verdict": None}
     assert Hyperparameters.from_yaml(Path(told["path"])).box == 0.05
     assert named.out == f"best hyp: {study.folder}/mine.yaml\n"
     assert Hyperparameters.from_yaml(study.folder / "mine.yaml").mosaic == 0
+    document = json.loads(yolosearch("export", NAME, *where, "--format", "json", "--json").out)
+    assert json.loads(Path(document["path"]).read_text())["hyp"]["mosaic"] == 0
+    refused = yolosearch("export", NAME, *where, "--format", "ultralytics")
+    assert (refused.code, "nothing that it searched carries over (box: " in refused.err) == (2, True)
+    assert sorted(path.name for path in (study.runs / NAME).glob("hyp.*")) == ["hyp.best.json", "hyp.best.yaml"]
 
 
 def test_doctor_prints_lines_or_json_and_exit_1_if_anything_fails(

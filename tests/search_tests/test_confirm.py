@@ -359,6 +359,12 @@ def test_best_trial_confirmed_is_the_winner_with_its_gain(ledger: Ledger, config
     assert any("5 paired seeds of 3 epochs, corrected for 3 candidates" in line for line in lines)
     assert any("on test: " in line for line in lines)
     assert not any("unconfirmed" in line for line in lines)
+    assert "study id:   s@1970-01-01T00:00:00.000+00:00" in lines
+    assert best.is_confirmed
+    val, test = best.reruns
+    assert (val.split, test.split, val.verdict, val.candidates, val.seeds) == ("val", "test", "better", 3, 5)
+    assert 0 < val.low < val.gain < val.high
+    assert f"gain {val.gain:+.4f} ({val.low:+.4f} to {val.high:+.4f})" in best.gains[0]
 
 
 def test_best_trial_confirmation_without_a_winner_is_the_base_and_says_so(ledger: Ledger, config: StudyConfig) -> None:
@@ -392,7 +398,7 @@ def test_best_trial_confirmation_under_way_is_unconfirmed(ledger: Ledger, config
 
     best = best_trial(ledger, config)
 
-    assert best.trial_number == 5
+    assert (best.trial_number, best.is_confirmed) == (5, False)
     assert any("nothing to compare yet: 0 of 8 reruns are complete" in line for line in header(best))
     assert any(line.startswith("unconfirmed: ") for line in header(best))
     assert latest_confirmation(ledger, config) is not None

@@ -1,0 +1,111 @@
+"""The forms in which the best trial is given out: YOLOv5's hyp YAML, a YAML for Ultralytics models, JSON.
+
+All say the same of where the values come from, and none says more than was measured.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from search.errors import UserInputError
+from search.export import BestTrial, export_best, export_text, header, written_by
+from search.importers import NOT_ULTRALYTICS, ULTRALYTICS_KEYS
+from search.paths import ExportFormat
+from yolocore.hyperparameters import HYPERPARAMETER_KEYS
+
+JSON_VERSION = 1
+"""Of the JSON's layout: raised when a key changes its meaning or goes away."""
+
+
+def export_as(best: BestTrial, path: Path, form: ExportFormat) -> Path:
+    """Writes the trial in one of the forms and reads it back; the file appears whole or not at all.
+
+    Returns:
+        The path.
+
+    Raises:
+        UserInputError: it cannot be written, or nothing that was searched means the same in Ultralytics models.
+        SearchError: what was read back differs.
+    """
+    if form is ExportFormat.YOLOV5:
+        return export_best(best, path)
+    if form is ExportFormat.JSON:
+        document = to_document(best)
+        return _export(path, json.dumps(document, indent=2, allow_nan=False) + "\n", document, json.loads)
+    values = ultralytics_values(best)
+    comments = "".join(f"# {line}".rstrip() + "\n" for line in ultralytics_header(best))
+    return _export(path, comments + yaml.safe_dump(dict(values), sort_keys=False), values, yaml.safe_load)
+
+
+def _export(path: Path, text: str, expected: Mapping[str, Any], read: Callable[[str], Any]) -> Path:
+    return export_text(path, text, lambda file: read(file.read_text(encoding="utf-8")) == expected)
+
+
+# ---- JSON ------------------------------------------------------------------------------------------------------------
+
+
+def to_document(best: BestTrial) -> dict[str, Any]:
+    """All that is known of a trial, as plain data."""
+    return {
+        "format": "yolosearch export",
+        "version": JSON_VERSION,
+        **written_by(),
+        "study": {"name": best.study, "id": best.study_id},
+        "data": {"fingerprint": best.fingerprint},
+        "trial": best.trial_number,
+        "is_base": best.is_base,
+        "chosen": best.why or f"the best of {best.complete} complete trials",
+        "objective": {"name": best.objective, "value": best.value, "base_value": best.base_value},
+        "confirmed": best.is_confirmed,
+        "verdict": best.verdict,
+        "reruns": [asdict(gain) for gain in best.reruns],
+        "metrics": {key: value if math.isfinite(value) else None for key, value in best.metrics.items()},
+        "searched": list(best.searched),
+        "at_bounds": list(best.at_bounds),
+        "anchors": best.anchors,
+        "hyp": best.hyperparameters.to_document(),
+    }
+
+
+# ---- Ultralytics models ----------------------------------------------------------------------------------------------
+
+
+def ultralytics_values(best: BestTrial) -> dict[str, float]:
+    """The values that mean the same in Ultralytics models (YOLOv8 and newer), in the order of a hyp file.
+
+    Raises:
+        UserInputError: nothing that was searched is among them.
+    """
+    if not ULTRALYTICS_KEYS & set(best.searched):
+        raise UserInputError(
+            f"study {best.study}: --format ultralytics: nothing that it searched carries over "
+            f"({'; '.join(_reasons(best))}); allowed: yolov5, json"
+        )
+    values = best.hyperparameters.to_mapping()
+    return {key: float(values[key]) for key in HYPERPARAMETER_KEYS if key in ULTRALYTICS_KEYS}
+
+
+def _reasons(best: BestTrial) -> list[str]:
+    return [f"{key}: {NOT_ULTRALYTICS[key]}" for key in best.searched if key not in ULTRALYTICS_KEYS]
+
+
+def ultralytics_header(best: BestTrial) -> list[str]:
+    """The comment lines of an exported file, without `#`."""
+    carried = [key for key in best.searched if key in ULTRALYTICS_KEYS]
+    lines = [
+        "optimiser and augmentation values for Ultralytics models (YOLOv8 and newer): yolo train cfg=FILE",
+        "they were found with a YOLOv5 model; what they do to another model was not measured",
+        f"searched and carried over: {', '.join(carried)}",
+        *(f"searched, NOT carried over: {reason}" for reason in _reasons(best)),
+        "with optimizer=auto, the default there, lr0 and momentum are ignored: give optimizer=SGD",
+        "",
+        "of the YOLOv5 model:",
+    ]
+    return [*lines, *header(best, of_yolov5=False)]
