@@ -241,7 +241,7 @@ def _print_confirmation(report: ConfirmReport, names: Sequence[str], gain: float
 
 
 def _split_table(report: ConfirmReport, judgements: Sequence[Judgement], names: Sequence[str]) -> Table:
-    table = _table("base", "against it", "gain", "from", "to", "p", "verdict")
+    table = _table("base", "against", "gain", "from", "to", "p", "verdict")
     table.columns[0].justify = table.columns[-1].justify = "left"
     for one in judgements:
         label = _label(one.measure, report, names)
@@ -254,7 +254,9 @@ def _split_table(report: ConfirmReport, judgements: Sequence[Judgement], names: 
 def _cells(entry: Comparison) -> list[RenderableType]:
     styles = {"better": "green", "worse": "red"}
     numbers = [f"{value:+.4f}" for value in (entry.gain, entry.low, entry.high)]
-    verdict = Text(entry.verdict, style=styles.get(entry.verdict, "dim"))
+    # Short, so that the table fits 80 columns.
+    shown = "none shown" if entry.verdict == "no difference shown" else entry.verdict
+    verdict = Text(shown, style=styles.get(entry.verdict, "dim"))
     return [entry.candidate, *numbers, f"{entry.p_value:.3f}", verdict]
 
 

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
+from search.cli_confirm import _split_table
 from search.config import StudyConfig, parse_study
 from search.confirm import (
     Run,
@@ -295,6 +297,22 @@ def test_confirm_report_of_a_better_candidate_names_it(ledger: Ledger, config: S
     assert report.verdict().startswith("trial 3 is better than the base: gain +0.0")
     assert report.to_json()["winner"] == 3
     assert summary_metrics(report)["confirm/val/trial_3/gain"] > 0
+
+
+def test_split_table_fits_80_columns_uncut(ledger: Ledger, config: StudyConfig) -> None:
+    add_confirmation(ledger, config, top=3, seeds=5, epochs=3)
+    rerun_all(ledger, CONFIRM, {3: 0.02, 4: -0.02})
+    report = confirm_report(ledger, config, 3)
+    console = Console(width=80, force_terminal=False)
+
+    with console.capture() as capture:
+        console.print(_split_table(report, report.judgements[:2], ["a class name"]))
+
+    text = capture.get()
+    assert "…" not in text
+    assert max(map(len, map(str.rstrip, text.splitlines()))) <= 80
+    assert "AP a class name" in text
+    assert [word in text for word in ("better", "worse", "none shown")] == [True] * 3
 
 
 def test_confirm_report_under_way_is_not_over(ledger: Ledger, config: StudyConfig) -> None:
