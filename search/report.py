@@ -97,6 +97,8 @@ class StudyStatus:
     """How many tickets beside the search are spent, and how many there are, by their kind."""
     at_bounds: tuple[str, ...] = ()
     """A line for each value of the best trial that lies at an end of its range: better ones may be beyond."""
+    rerunning: tuple[str, ...] = ()
+    """Workers that hold such tickets."""
 
     @property
     def finished(self) -> bool:
@@ -162,6 +164,7 @@ def sum_up(rows: StudyRows, config: StudyConfig) -> StudyStatus:
         fidelity=None if config.fidelity is None else FidelityStatus.of(tickets, config.fidelity),
         reruns=_reruns(rows.reruns),
         at_bounds=_at_bounds(config, tickets, best),
+        rerunning=tuple(sorted({one.worker for one in rows.reruns if one.worker and one.state is TicketState.RUNNING})),
     )
 
 

@@ -130,7 +130,7 @@ def trial_name(ticket: Ticket) -> str:
 def _workers(rows: StudyRows, config: StudyConfig) -> tuple[WorkerSnapshot, ...]:
     """Those that live or hold trials, in the order in which they came."""
     held: dict[str | None, list[Ticket]] = {}
-    for ticket in rows.tickets:
+    for ticket in (*rows.tickets, *rows.reruns):
         if ticket.state is TicketState.RUNNING:
             held.setdefault(ticket.worker, []).append(ticket)
     running = [worker for worker in rows.workers if worker.state is WorkerState.RUNNING]
@@ -164,7 +164,7 @@ def _slot(ticket: Ticket, reports: Sequence[EpochRow], config: StudyConfig) -> S
     return SlotView(
         name=trial_name(ticket),
         epoch=max([ticket.epochs_done, *(report.epoch + 1 for report in reports)]),
-        epochs=config.train.epochs,
+        epochs=ticket.epochs or config.train.epochs,
         value=next((value for value in reversed(curve) if value is not None), None),
         curve=curve,
         attempt=ticket.attempt,

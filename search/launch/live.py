@@ -46,16 +46,17 @@ def worker_lines(views: Sequence[WorkerView], status: StudyStatus, now: float) -
     for trial in status.trials:
         if trial.state == "RUNNING":
             held.setdefault(trial.worker, []).append(trial)
-    return tuple(_line(view, held.get(view.worker_id, []), status.devices.get(view.worker_id), now) for view in views)
+    return tuple(_line(view, held.get(view.worker_id, []), status, now) for view in views)
 
 
-def _line(view: WorkerView, trials: Sequence[TrialStatus], device: str | None, now: float) -> WorkerLine:
+def _line(view: WorkerView, trials: Sequence[TrialStatus], status: StudyStatus, now: float) -> WorkerLine:
+    device = status.devices.get(view.worker_id)
     reports = [trial.reported_at for trial in trials if trial.reported_at is not None]
     return WorkerLine(
         index=view.index,
         pid=view.pid,
         place=view.place or (device or "").partition(" ")[0],  # without the precision that follows it
-        activity=_activity(view, bool(trials), device is not None),
+        activity=_activity(view, bool(trials) or view.worker_id in status.rerunning, device is not None),
         restarts=view.restarts,
         trials=tuple(trial.ticket if trial.number is None else trial.number for trial in trials),
         epoch=max((trial.epoch for trial in trials), default=None),

@@ -17,7 +17,7 @@ from pathlib import Path
 from search.config import StudyConfig
 from search.demo import write_digits
 from search.errors import SearchError, StudyConflictError
-from search.ledger import KINDS, Ledger, StudyRecord
+from search.ledger import KINDS, SEARCH, Ledger, StudyRecord
 from search.paths import StudyFolder, data_on_this_host
 from search.prepared import Prepared
 from search.study import load_study, open_worker_storage, warm_up
@@ -136,7 +136,8 @@ def _open(options: WorkerOptions, ledger: Ledger, record: StudyRecord, config: S
     train = replace(config.train_config(data), anchors=Prepared.of(record.config).anchors)
     device = resolve_device(options.device or train.device)
     train = replace(train, device=str(device), precision=resolve_precision(train.precision, device))
-    timeout = config.timeout if options.timeout is None else options.timeout
+    # The study's own timeout is the search's.
+    timeout = config.timeout if options.timeout is None and SEARCH in options.kinds else options.timeout
     return WorkerContext(
         config=config,
         train=train,
