@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from faulty import children, signal_all, trainers, until
-from tiny import NAME, SignalWhen, TinyStudy, make_study
+from faulty import children, signal_all, trainers
+from tiny import NAME, SignalWhen, TinyStudy, make_study, wait_for
 
 from search.cli import main
 from search.confirm import add_confirmation, confirm_report, noise_report
@@ -109,7 +109,7 @@ def check_records(study: TinyStudy) -> None:
 def test_reruns_interrupted_go_on_and_one_that_lost_its_checkpoint_sees_its_own_images(
     make: Callable[..., TinyStudy], caplog: pytest.LogCaptureFixture
 ) -> None:
-    study = make(trials=2, noise={"seeds": 1 + 1}, train={"pack": 2, "epochs": 4})
+    study = make(trials=2, noise={"seeds": 2}, train={"pack": 2, "epochs": 4})
     study.create()
     study.work("search", kinds=(SEARCH, NOISE))
     add_confirmation(study.ledger, study.config, top=1, seeds=2, epochs=4)
@@ -157,7 +157,7 @@ def test_confirm_whose_trainer_is_killed_has_exactly_what_was_asked(make: Callab
     study.create()
     study.work("search")
     process = study.start("confirm", "--top", "1", "--seeds", "3", "--json")
-    until(lambda: reruns(study, CONFIRM)[1].epochs_done >= 2, process)
+    wait_for(lambda: reruns(study, CONFIRM)[1].epochs_done >= 2, process)
     (worker,) = children(process.pid)
     signal_all(trainers(worker), signal.SIGKILL)
     output = process.communicate(timeout=300)[0]
