@@ -18,7 +18,7 @@ from test_config import BROKEN as BROKEN_STUDIES
 from test_config import GOOD
 from tiny import NAME, TinyStudy, make_study, wait_for
 
-from search import cli_confirm, cli_dashboard, cli_doctor, cli_init, cli_launch, cli_studies, cli_watch
+from search import cli_confirm, cli_dashboard, cli_doctor, cli_import, cli_init, cli_launch, cli_studies, cli_watch
 from search.cli import app, main
 from search.ledger import TicketState, WorkerState
 from yolocore.hyperparameters import Hyperparameters
@@ -91,6 +91,7 @@ def test_help_names_every_command(yolosearch: Command) -> None:
         cli_confirm.app,
         cli_dashboard.app,
         cli_doctor.app,
+        cli_import.app,
         cli_init.app,
         cli_launch.app,
         cli_studies.app,
