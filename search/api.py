@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from search.config import StudyConfig, load_study_config, parse_study
 from search.database import check_study_name, mask_url, resolve_storage_url
 from search.errors import SearchError, StudyStoppedError, UserInputError
-from search.ledger import CONFIRM, KINDS, NOISE, SEARCH, Ledger, Ticket
+from search.ledger import CONFIRM, KINDS, NOISE, SEARCH, Ledger, StopKind, Ticket, TicketState
 from search.paths import StudyFolder, default_runs_dir
 from search.report import StudyRows, StudyStatus, headline, study_status
 from search.snapshot import Snapshot, take_snapshot
@@ -443,10 +443,13 @@ def write_report(study: Study, review: Review, path: Path) -> Path:
 
 def raise_failures(launcher: Launcher, ledger: Ledger, study: str, kinds: tuple[str, ...]) -> None:
     """Raises what the workers ended with, where that kept these kinds of tickets from their end."""
-    reason = ledger.study(study).stop_reason
-    if SEARCH in kinds and reason is not None:
+    record, counts = ledger.study(study), ledger.open_counts(study, kinds)
+    if SEARCH in kinds and record.stop_kind is StopKind.FAILED:
+        reason = record.stop_reason
         raise StudyStoppedError(f"study {study} stopped: {reason}; `run` takes it up again once that is mended")
-    if launcher.failures and any(ledger.open_counts(study, kinds).values()):
+    if record.stop_kind is not None:  # as somebody wanted: what waits is to wait
+        counts[TicketState.WAITING] = 0
+    if launcher.failures and any(counts.values()):
         failure = "; ".join(launcher.failures)
         raise UserInputError(failure) if launcher.bad_input else SearchError(failure)
 

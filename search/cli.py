@@ -26,6 +26,7 @@ from search import (
     cli_init,
     cli_launch,
     cli_report,
+    cli_stop,
     cli_studies,
     cli_watch,
 )
@@ -38,6 +39,7 @@ from search.cli_common import (
     StudyFile,
     StudyName,
     err,
+    export_front,
     export_hyp,
     more_trials,
     open_study,
@@ -50,8 +52,10 @@ from search.cli_common import (
     read_study,
     runs_folder,
 )
-from search.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, SearchError
+from search.config import StudyConfig
+from search.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, SearchError, UserInputError
 from search.launch.mlflow_ui import DEFAULT_HOST, MlflowUi
+from search.ledger import Ledger
 from search.paths import ExportFormat
 from search.report import StudyRows, epochs_enough, status_view, sum_up, trials_table
 from search.tracking import default_tracking_uri, mask_secrets, open_tracker
@@ -97,8 +101,9 @@ def main() -> None:
     handler = _MaskingHandler(console=err, show_path=False, markup=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     sys.excepthook = _print_masked
-    # What workers have to tell goes into their logs: the packs that they measured.
-    logging.getLogger("search.worker").setLevel(logging.INFO)
+    # What workers have to tell goes into their logs: the packs that they measured, why the study stopped.
+    for name in ("search.worker", "search.stopping"):
+        logging.getLogger(name).setLevel(logging.INFO)
     try:
         app()
     except SearchError as error:
@@ -215,6 +220,10 @@ def export(
             help="yolov5: hyp YAML; ultralytics: what means the same in YOLOv8 and newer; json: all that is known.",
         ),
     ] = ExportFormat.YOLOV5,
+    pareto: Annotated[
+        str | None,
+        typer.Option(metavar="N|all", help="Of several objectives: trial N of the Pareto front, or all of it."),
+    ] = None,
     checkpoints: Checkpoints = None,
     storage: Storage = None,
     runs_dir: RunsDir = None,
@@ -230,6 +239,11 @@ def export(
     from search.weights import WeightsStore
 
     ledger, config, _ = read_study(study, storage, runs_dir)
+    if pareto is not None:
+        if form is not ExportFormat.YOLOV5:
+            raise UserInputError(f"--format: got {form.value} with --pareto; allowed: yolov5")
+        _export_front(ledger, config, pareto, output, weights, checkpoints, runs_dir, as_json)
+        return
     exported = export_hyp(ledger, config, output, runs_dir, trial, form)
     if weights is not None:
         store = WeightsStore.open(checkpoints or runs_folder(runs_dir), config.name)
@@ -246,6 +260,35 @@ def export(
 
 
 app.add_typer(cli_dashboard.app)
+
+
+def _export_front(
+    ledger: Ledger,
+    config: StudyConfig,
+    which: str,
+    output: Path | None,
+    weights: Path | None,
+    checkpoints: str | None,
+    runs_dir: Path | None,
+    as_json: bool,
+) -> None:
+    from search.export import export_weights
+    from search.weights import WeightsStore
+
+    if which == "all" and weights is not None:
+        raise UserInputError("--weights: got a file with --pareto all; allowed: with --pareto N")
+    front = export_front(ledger, config, which, output, runs_dir)
+    if weights is not None:
+        store = WeightsStore.open(checkpoints or runs_folder(runs_dir), config.name)
+        export_weights(ledger, config, store, weights, next(iter(front.values())).best.ticket)
+    if as_json:
+        paths = {str(number): str(exported.path) for number, exported in front.items()}
+        print_json({"study": config.name, "paths": paths, **({} if weights is None else {"weights": str(weights)})})
+        return
+    for number, exported in front.items():
+        print_line(f"hyp of trial {number}: {exported.path}")
+    if weights is not None:
+        print_line(f"its weights: {weights}")
 
 
 @app.command()
@@ -277,5 +320,6 @@ def ui(
 
 app.add_typer(cli_report.app)
 app.add_typer(cli_studies.app)
+app.add_typer(cli_stop.app)
 app.add_typer(cli_data.app)
 app.add_typer(cli_doctor.app)

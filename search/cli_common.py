@@ -147,6 +147,39 @@ def export_hyp(
     return Exported(export_as(best, target, form), best)
 
 
+def export_front(
+    ledger: Ledger, config: StudyConfig, which: str, output: Path | None, runs_dir: Path | None
+) -> dict[int, Exported]:
+    """Writes the hyps of the Pareto front, by default into the study's folder.
+
+    Args:
+        ledger: The ledger in the study's database.
+        config: The study.
+        which: `all`, or a trial's number.
+        output: The file for one trial, a folder for all.
+        runs_dir: Where everything is written.
+
+    Returns:
+        What was written, by the trial's number.
+
+    Raises:
+        UserInputError: One objective only, or a trial that is not on the front.
+    """
+    from search.export import export_best, front_trials
+
+    if which != "all" and not which.isdecimal():
+        raise UserInputError(f"--pareto: got {which!r}; allowed: all, or the number of a trial of the front")
+    found = front_trials(ledger, config, None if which == "all" else int(which))
+    folder = StudyFolder(runs_folder(runs_dir), config.name)
+    written = {}
+    for best in found:
+        target = folder.pareto_hyp(best.trial_number)
+        if output is not None:
+            target = output / target.name if which == "all" else output
+        written[best.trial_number] = Exported(export_best(best, target), best)
+    return written
+
+
 def print_plan(plan: StudyPlan) -> None:
     """The plan as lines of name and value, then what the user should know."""
     for name, value in plan.rows():

@@ -28,6 +28,7 @@ from search.cli_common import (
     StudyFile,
     StudyName,
     err,
+    export_front,
     export_hyp,
     is_study_file,
     more_trials,
@@ -50,7 +51,15 @@ from search.launch.plan import LaunchPlan, choose_gpus, choose_workers
 from search.ledger import CONFIRM, KINDS, NOISE, SEARCH, Ledger
 from search.paths import StudyFolder
 from search.ranges import OWN_BASE, POWER_KEY
-from search.report import StudyStatus, bound_lines, comparison_table, headline, study_status, trials_table
+from search.report import (
+    StudyStatus,
+    bound_lines,
+    comparison_table,
+    front_table,
+    headline,
+    study_status,
+    trials_table,
+)
 from search.worker.existing import HANG_SECONDS, OUTAGE_SECONDS, open_existing
 from search.worker.lease import DEFAULT_LEASE_SECONDS
 from yolocore.errors import InputError
@@ -332,16 +341,25 @@ def _interrupt(_number: int, _frame: object) -> None:
 def _print_outcome(job: Job, as_json: bool, *, every_trial: bool) -> None:
     """The end: tables, the exported hyp and what to do next."""
     status = study_status(job.ledger, job.config)
-    exported = None
-    if status.finished and status.best:
+    exported, front = None, {}
+    if status.over and status.best:
         exported = export_hyp(job.ledger, job.config, job.folder.best_hyp, job.folder.runs_dir)
+    elif status.over and status.front:
+        front = export_front(job.ledger, job.config, "all", None, job.folder.runs_dir)
     if as_json:
         print_json(status.to_json())
         return
     if every_trial:
         out.print(trials_table(status))
+    if status.stop_kind is not None:
+        print_line(f"stopped: {status.stop_reason}; `{_command()} run {job.file or 'STUDY.yaml'}` takes it up again")
+    if front:
+        out.print(front_table(status))
+        for number, one in front.items():
+            print_line(f"hyp of trial {number}: {one.path}")
+        return
     if exported is None:
-        why = "no trial is complete" if status.finished else "the same command goes on with the trials that wait"
+        why = "no trial is complete" if status.over else "the same command goes on with the trials that wait"
         print_line(f"{headline(status)} | nothing exported: {why}")
         return
     _print_comparison(job.config, status)

@@ -53,6 +53,7 @@ from search.settings import (
     SamplerConfig,
     Section,
     SpaceEntry,
+    StopConfig,
     ThresholdPruner,
     TpeSampler,
     TrackingConfig,
@@ -61,6 +62,7 @@ from search.settings import (
     allowed_text,
     choice_list,
     named,
+    objective_list,
     objective_terms,
     on_grid,
     path_or_mapping,
@@ -78,7 +80,7 @@ from yolocore.hyperparameters import (
 if TYPE_CHECKING:
     from yolocore.training.config import TrainConfig
 
-BUDGET_KEYS = frozenset({"trials", "timeout", "noise.seeds"})
+BUDGET_KEYS = frozenset({"trials", "timeout", "noise.seeds", "stop.hours", "stop.below_noise"})
 """What may change when a study is resumed."""
 
 FORMER_DEFAULTS: Mapping[str, object] = {"pack": 4, "workers": 0, "patience": 0}
@@ -137,6 +139,8 @@ class StudyConfig(Section):
     """Number of trials, the base (trial 0) included."""
     timeout: Annotated[Number, Field(gt=0)] | None = None
     """Seconds after which no new trial starts."""
+    stop: StopConfig = StopConfig()
+    """When the study ends before its budget is spent."""
     objective: Annotated[
         ObjectiveConfig,
         BeforeValidator(objective_terms),
@@ -146,7 +150,13 @@ class StudyConfig(Section):
             )
         ),
     ] = ObjectiveConfig()
-    """What is maximised."""
+    """What is maximised; of several objectives the first."""
+    objectives: Annotated[
+        tuple[ObjectiveConfig, ...],
+        BeforeValidator(objective_list),
+        Field(json_schema_extra=allowed_text(f"a list of two or more of {', '.join(METRICS)}, {CLASS_AP}NAME")),
+    ] = ()
+    """Two or more things to maximise at once, in place of `objective`."""
     max_failures_in_a_row: Annotated[Whole, Field(ge=1)] = 5
     """The study stops after so many failed trials in a row."""
     noise: NoiseConfig = NoiseConfig()
@@ -175,6 +185,18 @@ class StudyConfig(Section):
         if isinstance(self.base_hyp, Path):
             return Hyperparameters.from_yaml(self.base_hyp)
         return Hyperparameters.from_mapping(self.base_hyp or {}, "base_hyp")
+
+    @property
+    def all_objectives(self) -> tuple[ObjectiveConfig, ...]:
+        """What is maximised: one objective, or several at once."""
+        return self.objectives or (self.objective,)
+
+    def objective_text(self) -> str:
+        """What is maximised, in words."""
+        if not self.objectives:
+            return self.objective.describe()
+        names = [objective.name for objective in self.objectives]
+        return f"{', '.join(names[:-1])} and {names[-1]} at the last epoch"
 
     def evaluated_epochs(self) -> tuple[int, ...]:
         """The epochs after which a trial is evaluated, counted from 1: the study-wide grid of pruning decisions."""
@@ -248,9 +270,11 @@ def parse_study(
     except ValidationError as error:
         problems = [_from_pydantic(details) for details in _without_echoes(error.errors())]
     if config is not None:
-        config = _with_first_rung(_with_absolute_paths(config, folder), chosen="pruner" in data)
+        problems = list(_check_two_objectives(config, data))
+        config = _with_leading_objective(_with_absolute_paths(config, folder))
+        config = _with_first_rung(config, chosen="pruner" in data)
         config = _with_base_inside(config, left_open)
-        problems = list(_check_meaning(config, check_files=folder is not None))
+        problems += _check_meaning(config, check_files=folder is not None)
     if problems or config is None:
         raise StudyConfigError("\n".join(problem.line(source, lines or {}) for problem in problems))
     return config
@@ -293,8 +317,8 @@ def check_objective(config: StudyConfig, names: Sequence[str], labelled: Sequenc
     Raises:
         StudyConfigError: a class that the data set does not have, or that cannot be evaluated.
     """
-    for name in config.objective.class_names():
-        key = f"study {config.name}: objective: {CLASS_AP}{name}"
+    for name in dict.fromkeys(name for objective in config.all_objectives for name in objective.class_names()):
+        key = f"study {config.name}: objective{'s' if config.objectives else ''}: {CLASS_AP}{name}"
         if name not in names:
             raise StudyConfigError(
                 f"{key}: no class of the data set{_closest(name, names)}; allowed: {', '.join(names)}"
@@ -324,6 +348,17 @@ def objective_value(objective: ObjectiveConfig, metrics: Mapping[str, float], na
         else:
             total += weight * metrics[term]
     return total
+
+
+def objective_values(config: StudyConfig, metrics: Mapping[str, float], names: Sequence[str]) -> tuple[float, ...]:
+    """The values of one evaluated epoch under several objectives; () in a study of one.
+
+    Args:
+        config: the study.
+        metrics: as for `objective_value`.
+        names: the data set's class names.
+    """
+    return tuple(objective_value(objective, metrics, names) for objective in config.objectives)
 
 
 # ---- reading YAML ----------------------------------------------------------------------------------------------------
@@ -468,6 +503,8 @@ def _section_of(place: Sequence[str | int]) -> type[Section] | None:
             return FidelityConfig
         case ["noise"]:
             return NoiseConfig
+        case ["stop"]:
+            return StopConfig
         case ["tracking"]:
             return TrackingConfig
     return None
@@ -504,6 +541,9 @@ def _from_pydantic(error: ErrorDetails) -> Problem:
     key = _dotted(place)
     if place[:2] == ("objective", "weights"):
         key = ".".join(["objective", *map(str, place[2:])])
+    if place[:1] == ("objectives",):
+        allowed = _describe(StudyConfig.model_fields["objectives"])
+        return Problem(key.replace(".weights", ""), f"got {_show(value)}", allowed)
     section = _section_of(place)
     if kind == "extra_forbidden" and section is not None:
         names = sorted(section.model_fields, key=lambda name: name != "name")
@@ -603,9 +643,12 @@ def _with_base_inside(config: StudyConfig, left_open: frozenset[str]) -> StudyCo
 def _with_first_rung(config: StudyConfig, *, chosen: bool) -> StudyConfig:
     """Fill `pruner.min_epochs`: a fifth of the epochs, on the grid of evaluated epochs.
 
-    A study too short to prune anything falls back to no pruner, unless its file asks for one.
+    A study too short to prune anything, or of several objectives, falls back to no pruner, unless its file asks for
+    one.
     """
     pruner, every = config.pruner, config.train.eval_every
+    if config.objectives and not chosen:
+        return config.model_copy(update={"pruner": NonePruner(name="none")})
     if isinstance(pruner, NonePruner):
         return config
     first = pruner.min_epochs or math.ceil(max(1, config.train.epochs / 5) / every) * every
@@ -852,17 +895,53 @@ def _check_fidelity(config: StudyConfig) -> Iterator[Problem]:
     if train.weights is None:
         found = "without train.weights the frozen layers would keep random weights"
         yield Problem("fidelity", found, "a study that starts from weights, or no fidelity")
+    if config.objectives:
+        found = "stands beside several objectives, where nothing says which trials are behind"
+        yield Problem("fidelity", found, "one of the two")
+
+
+def _with_leading_objective(config: StudyConfig) -> StudyConfig:
+    """Of several objectives the first stands for a trial where there is room for one number, as on its curve."""
+    return config.model_copy(update={"objective": config.objectives[0]}) if config.objectives else config
+
+
+def _check_two_objectives(config: StudyConfig, data: Mapping[str, Any]) -> Iterator[Problem]:
+    # The frozen form has both, and they agree.
+    if config.objectives and "objective" in data and config.objective != config.objectives[0]:
+        yield Problem("objective", "stands beside objectives", "one of the two")
 
 
 def _check_objective(config: StudyConfig) -> Iterator[Problem]:
-    if not config.objective.weights:
-        yield Problem("objective", "names no metric", f"{', '.join(METRICS)} or {CLASS_AP}NAME")
-    for term in config.objective.weights:
+    if not config.objectives:
+        yield from _check_terms(config, "objective", config.objective)
+        return
+    for index, objective in enumerate(config.objectives):
+        yield from _check_terms(config, f"objectives[{index}]", objective)
+        if objective.at != "last":
+            yield Problem(f"objectives[{index}]", "got at: best", "at: last; one epoch is seldom the best of all")
+    if len(config.objectives) == 1:
+        yield Problem("objectives", "names one objective", "two or more, or objective in its place")
+    if len({objective.name for objective in config.objectives}) < len(config.objectives):
+        yield Problem("objectives", "names one objective twice", "each once")
+    if not isinstance(config.pruner, NonePruner):
+        found = f"got {_show(config.pruner.name)} with several objectives, where nothing says which trials are behind"
+        yield Problem("pruner.name", found, "none, or one objective")
+    if config.stop.below_noise:
+        yield Problem("stop.below_noise", "got true with several objectives", "false, or one objective")
+    if config.sampler.name == "cmaes":
+        found = 'got "cmaes", which follows one objective'
+        yield Problem("sampler.name", found, "tpe, nsga2, gp, random, qmc or grid with several objectives")
+
+
+def _check_terms(config: StudyConfig, key: str, objective: ObjectiveConfig) -> Iterator[Problem]:
+    if not objective.weights:
+        yield Problem(key, "names no metric", f"{', '.join(METRICS)} or {CLASS_AP}NAME")
+    for term in objective.weights:
         if config.train.single_cls and term.startswith(CLASS_AP):
-            yield Problem("objective", f"got {_show(term)} with train.single_cls", ", ".join(METRICS))
+            yield Problem(key, f"got {_show(term)} with train.single_cls", ", ".join(METRICS))
         elif term not in METRICS and not (term.startswith(CLASS_AP) and term != CLASS_AP):
             found = f"unknown metric {_show(term)}{_closest(term, METRICS)}"
-            yield Problem("objective", found, f"{', '.join(METRICS)} or {CLASS_AP}NAME")
+            yield Problem(key, found, f"{', '.join(METRICS)} or {CLASS_AP}NAME")
 
 
 def _check_noise(config: StudyConfig) -> Iterator[Problem]:

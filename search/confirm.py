@@ -69,8 +69,13 @@ def add_confirmation(ledger: Ledger, config: StudyConfig, top: int, seeds: int, 
         Those that were added.
 
     Raises:
-        UserInputError: no trial but the base is complete.
+        UserInputError: no trial but the base is complete, or there are several objectives.
     """
+    if config.objectives:
+        raise UserInputError(
+            f"study {config.name}: it maximises {len(config.objectives)} objectives, and a confirmation compares one; "
+            "allowed: a study of one objective"
+        )
     trials = ledger.tickets(config.name)
     best = [ticket.number for ticket in best_candidates(trials)[:top]]
     if not best:

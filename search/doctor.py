@@ -258,7 +258,11 @@ def _encryption(facts: DatabaseFacts) -> Finding:
 
 def _study(ledger: Ledger, config: StudyConfig) -> Finding:
     counts = ", ".join(f"{count} {state.lower()}" for state, count in ledger.counts(config.name).items() if count)
-    reason = ledger.study(config.name).stop_reason
+    record = ledger.study(config.name)
+    reason = record.stop_reason
+    if reason is not None and record.stop_kind is not None and record.stop_kind.is_planned:
+        remedy = "yolosearch resume, or run with its file, takes it up again"
+        return Finding(level="ok", name="study", detail=f"{config.name} stopped: {reason}", remedy=remedy)
     if reason is not None:
         remedy = "mend the cause, then yolosearch retry, or run with its file"
         return Finding(level="warn", name="study", detail=f"{config.name} stopped: {reason}", remedy=remedy)

@@ -46,6 +46,15 @@ class LeaseLostError(SearchError):
 
 
 class StudyStoppedError(SearchError):
-    """The study gave up, for example after too many failed trials in a row. Exit code 3."""
+    """The study gives out no more trials. Exit code 3: for example after too many failed trials in a row.
+
+    Attributes:
+        planned: Somebody wanted it so, in the study file or by `yolosearch stop`: nothing is wrong.
+    """
 
     exit_code = EXIT_STOPPED
+
+    def __init__(self, message: str, *, planned: bool = False) -> None:
+        """Keeps the message."""
+        super().__init__(message)
+        self.planned = planned

@@ -4,14 +4,14 @@ import importlib.metadata
 import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
 from search.config import StudyConfig
 from search.confirm import TEST, VALIDATION, ConfirmReport, gain_in_words, latest_confirmation
 from search.errors import SearchError, UserInputError
-from search.ledger import Ledger, Ticket, base_numbers
+from search.ledger import Ledger, Ticket, base_numbers, front
 from search.prepared import Prepared
 from search.transforms import at_bounds, hyperparameters, moved_keys
 from search.weights import WeightsStore, complete_trials, value_row
@@ -90,6 +90,8 @@ class BestTrial:
     """Name and time of creation, which no other study shares."""
     reruns: tuple[RerunGain, ...] = ()
     """What `gains` says, as numbers."""
+    values: Mapping[str, tuple[float | None, float | None]] = field(default_factory=dict)
+    """Of several objectives each one's value, and the base's."""
 
     @property
     def is_base(self) -> bool:
@@ -114,15 +116,61 @@ def best_trial(ledger: Ledger, config: StudyConfig, trial: int | None = None) ->
         trial: number of the trial that is wanted instead.
 
     Raises:
-        UserInputError: no trial is complete yet, or not the one that is named.
+        UserInputError: no trial is complete yet, not the one that is named, or there are several objectives.
     """
+    if config.objectives and trial is None:
+        names = " and ".join(objective.name for objective in config.objectives)
+        raise UserInputError(
+            f"study {config.name}: it maximises {names}, so no trial is the best; allowed: --pareto all, or --pareto N "
+            "for trial N of the front that `yolosearch status` shows"
+        )
+    tickets = _search_tickets(ledger, config)
+    report = latest_confirmation(ledger, config)
+    best, why = _chosen(config, tickets, complete_trials(tickets), report, trial)
+    return _exported(ledger, config, best, tickets, why, report)
+
+
+def front_trials(ledger: Ledger, config: StudyConfig, number: int | None = None) -> tuple[BestTrial, ...]:
+    """The trials that no other one beats in all objectives, by the first objective from the highest down.
+
+    Args:
+        ledger: the ledger in the study's database.
+        config: the study.
+        number: only this trial.
+
+    Raises:
+        UserInputError: no trial is complete yet, there is one objective only, or the trial is not on the front.
+    """
+    if not config.objectives:
+        raise UserInputError(
+            f"study {config.name}: --pareto: it has one objective ({config.objective.name}); allowed: export without it"
+        )
+    tickets = _search_tickets(ledger, config)
+    found = {ticket.trial_number: ticket for ticket in front(tickets)}
+    if number is not None and number not in found:
+        allowed = ", ".join(map(str, found))
+        raise UserInputError(f"study {config.name}: --pareto: got {number}; allowed: all, or one of {allowed}")
+    chosen = found.values() if number is None else [found[number]]
+    return tuple(_exported(ledger, config, ticket, tickets) for ticket in chosen)
+
+
+def _search_tickets(ledger: Ledger, config: StudyConfig) -> tuple[Ticket, ...]:
     tickets = ledger.tickets(config.name)
-    complete = complete_trials(tickets)
-    if not complete:
+    if not complete_trials(tickets):
         found = f"none of {len(tickets)} trials is complete"
         raise UserInputError(f"study {config.name}: {found}; allowed: a study with a complete trial")
-    report = latest_confirmation(ledger, config)
-    best, why = _chosen(config, tickets, complete, report, trial)
+    return tickets
+
+
+def _exported(
+    ledger: Ledger,
+    config: StudyConfig,
+    best: Ticket,
+    tickets: Sequence[Ticket],
+    why: str | None = None,
+    report: ConfirmReport | None = None,
+) -> BestTrial:
+    complete = complete_trials(tickets)
     numbers = base_numbers(tickets)
     base = next((ticket for ticket in complete if ticket.number in numbers), None)
     rows = [row for row in ledger.reports(best.id) if best.best_epoch in (None, row.epoch)]
@@ -134,7 +182,7 @@ def best_trial(ledger: Ledger, config: StudyConfig, trial: int | None = None) ->
         hyperparameters=hyperparameters(config, best.params or {}),
         searched=moved_keys(config),
         at_bounds=at_bounds(config, best.params or {}) if best.number not in numbers else (),
-        objective=config.objective.describe(),
+        objective=config.objective_text(),
         value=best.value,
         base_value=None if base is None else base.value,
         complete=len(complete),
@@ -148,7 +196,17 @@ def best_trial(ledger: Ledger, config: StudyConfig, trial: int | None = None) ->
         gains=() if report is None else tuple(_gains(report, best.number)),
         study_id=f"{record.name}@{datetime.fromtimestamp(record.created, UTC).isoformat(timespec='milliseconds')}",
         reruns=() if report is None else tuple(_reruns(report, best.number)),
+        values=_several_values(config, best, base),
     )
+
+
+def _several_values(
+    config: StudyConfig, best: Ticket, base: Ticket | None
+) -> dict[str, tuple[float | None, float | None]]:
+    names = [objective.name for objective in config.objectives]
+    bases = (None if base is None else base.objective_values) or (None,) * len(names)
+    values = zip(names, best.objective_values or (), bases, strict=False)
+    return {name: (value, yardstick) for name, value, yardstick in values}
 
 
 def _chosen(
@@ -201,9 +259,9 @@ def export_weights(
     """Copies the trained weights of a trial, as the search trained it.
 
     Args:
-        ledger: of the study.
+        ledger: the ledger in the study's database.
         config: the study.
-        store: where the weights are.
+        store: where its weights are.
         output: the file to write.
         ticket: number of the trial's ticket; None for the best one.
 
@@ -286,9 +344,8 @@ def header(best: BestTrial, *, of_yolov5: bool = True) -> Sequence[str]:
     moment = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     lines = [
         f"YOLOv5 hyperparameters found by yolosearch {importlib.metadata.version('yolosearch')}",
-        f"study:      {best.study}, trial {best.trial_number}, "
-        f"{best.why or f'the best of {best.complete} complete trials'}",
-        f"objective:  {best.objective} = {_number(best.value)}, {_against_base(best)}",
+        f"study:      {best.study}, trial {best.trial_number}, {_standing(best)}",
+        *_objective_lines(best),
         f"metrics:    {', '.join(f'{key} {value:.4f}' for key, value in best.metrics.items() if key in _SHOWN)}",
         f"searched:   {', '.join(best.searched)}",
         f"data:       fingerprint {best.fingerprint}",
@@ -301,7 +358,7 @@ def header(best: BestTrial, *, of_yolov5: bool = True) -> Sequence[str]:
     lines += [f"at a bound: {line}; a wider range may give better values" for line in best.at_bounds]
     if of_yolov5 and best.hyperparameters.cls_pw_per_class is not None:
         lines += PER_CLASS_NOTE
-    if best.is_base and best.why is None:
+    if best.is_base and best.why is None and not best.values:
         lines.insert(3, "no trial beat the base: these are the values that the study started from")
     return lines
 
@@ -323,12 +380,28 @@ def _number(value: float | None) -> str:
     return "none" if value is None else f"{value:.5f}"
 
 
-def _against_base(best: BestTrial) -> str:
+def _standing(best: BestTrial) -> str:
+    if best.why is not None:
+        return best.why
+    if best.values:
+        return f"one of those that none of the {best.complete} complete trials beats in all objectives"
+    return f"the best of {best.complete} complete trials"
+
+
+def _objective_lines(best: BestTrial) -> list[str]:
+    values = best.values or {best.objective: (best.value, best.base_value)}
+    return [
+        f"objective:  {name} = {_number(value)}, {_against_base(best, value, base)}"
+        for name, (value, base) in values.items()
+    ]
+
+
+def _against_base(best: BestTrial, value: float | None, base: float | None) -> str:
     if best.is_base:
         return "the base itself"
-    if best.base_value is None or best.value is None:
+    if base is None or value is None:
         return "the base has no value"
-    return f"base {best.base_value:.5f} ({best.value - best.base_value:+.5f})"
+    return f"base {base:.5f} ({value - base:+.5f})"
 
 
 def _write_atomic(path: Path, text: str, is_same: Callable[[Path], bool]) -> None:

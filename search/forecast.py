@@ -1,6 +1,6 @@
 """What a study will cost, when it will be done, and whether shorter trainings would have ranked its trials alike.
 
-Everything here is a function of plain numbers: curves, budgets, seconds. Nothing reads a database or a clock.
+Everything here is a function of plain data: curves, budgets, seconds. Nothing reads a database or a clock.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import bisect
 import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import lru_cache
 from itertools import pairwise
@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from search.config import StudyConfig
 from search.settings import AshaPruner, HyperbandPruner, MedianPruner, NonePruner, PrunerConfig
 
 ENOUGH_TRIALS = 8
@@ -199,7 +200,18 @@ class Cost:
     """Slot-epochs if nothing is pruned."""
     pruner: str
     is_known: bool = True
-    """Whether it can be said what the pruner will stop; if not, `expected` is `most`."""
+    """Whether it can be said what the pruner will stop; if not, nothing is taken off for it."""
+    cheap: int = 0
+    """Epochs of cheap trainings before the full ones; not in `expected` and `most`."""
+    promoted: int | None = None
+    """Trials that go on from the cheap training, where there is one."""
+    reruns: int = 0
+    """Full trainings of the base that measure the noise; not in `expected` and `most` either."""
+
+    @property
+    def slot_epochs(self) -> float:
+        """All that is expected, reruns and cheap trainings included."""
+        return self.expected + self.cheap + self.reruns * self.epochs
 
     @property
     def trainings(self) -> float:
@@ -208,10 +220,19 @@ class Cost:
 
     def text(self) -> str:
         """The cost in words."""
+        parts = [self._full_text()]
+        if self.promoted is not None:
+            parts.append(f"for {self.promoted} trials that go on after {self.cheap} cheap slot-epochs")
+        if self.reruns:
+            parts.append(f"and {self.reruns} trainings for the noise")
+        return ", ".join(parts)
+
+    def _full_text(self) -> str:
         if self.expected == self.most and self.is_known:
             return f"{self.trainings:.0f} trainings ({self.most} slot-epochs)"
         if not self.is_known:
-            return f"at most {self.trainings:.0f} trainings ({self.most} slot-epochs), less what {self.pruner} stops"
+            of = f"{self.expected:.0f} slot-epochs"
+            return f"at most {self.trainings:.0f} trainings ({of}), less what {self.pruner} stops"
         of = f"{self.expected:.0f} of at most {self.most} slot-epochs"
         return f"about {self.trainings:.1f} trainings ({of}, if {self.pruner} knows the good ones at its first rung)"
 
@@ -237,6 +258,17 @@ def expected_cost(pruner: PrunerConfig, trials: int, epochs: int, eval_every: in
     repetitions = max(10, min(REPETITIONS, 100 * REPETITIONS // trials))
     total = sum(sum(simulated_lengths(pruner, trials, epochs, eval_every, randoms)) for _ in range(repetitions))
     return Cost(epochs=epochs, expected=total / repetitions, most=most, pruner=pruner.name)
+
+
+def study_cost(config: StudyConfig) -> Cost:
+    """The cost of a study: with a fidelity of those that will be promoted, and the cheap trainings beside it."""
+    fidelity, epochs, every = config.fidelity, config.train.epochs, config.train.eval_every
+    if fidelity is None:
+        return replace(expected_cost(config.pruner, config.trials, epochs, every), reruns=config.noise.seeds)
+    promoted = 1 + math.ceil((config.trials - 1) / fidelity.reduction_factor)
+    full = expected_cost(config.pruner, promoted, epochs, every)
+    cheap = config.trials * fidelity.epochs
+    return replace(full, cheap=cheap, promoted=promoted, reruns=config.noise.seeds)
 
 
 def simulated_lengths(
@@ -360,8 +392,8 @@ class Forecast:
 
     @property
     def seconds(self) -> float | None:
-        """With one worker; None where no speed is known."""
-        return None if self.speed is None else self.cost.expected * self.speed.seconds
+        """With one worker; None where no speed is known. A cheap epoch takes no longer than a full one."""
+        return None if self.speed is None else self.cost.slot_epochs * self.speed.seconds
 
     def rows(self, now: datetime) -> list[tuple[str, str]]:
         """The forecast as name and text."""
@@ -372,7 +404,7 @@ class Forecast:
             return "unknown: no earlier study has trained this here; `yolosearch check --measure` measures it"
         done = datetime.fromtimestamp(now.timestamp() + self.seconds, now.tzinfo)
         packs = f"{self.speed.seconds:.2g} s per slot-epoch in packs of {self.speed.slots}"
-        least = "about" if self.cost.is_known else "at most"
+        least = "about" if self.cost.is_known and not self.cost.cheap else "at most"
         return (
             f"{least} {hours(self.seconds)} with one worker ({packs}, {self.speed.source}); started now, it is done "
             f"{done:%a %Y-%m-%d %H:%M %Z}".rstrip()
@@ -385,6 +417,8 @@ class Forecast:
             "trainings": self.cost.trainings,
             "slot_epochs": self.cost.expected,
             "slot_epochs_at_most": self.cost.most,
+            "cheap_slot_epochs": self.cost.cheap,
+            "noise_trainings": self.cost.reruns,
             "pruning_is_known": self.cost.is_known,
             "speed": speed,
             "seconds_with_one_worker": self.seconds,

@@ -55,7 +55,7 @@ class StudyRow:
     counts: Mapping[TicketState, int]
     """Trials in each state; every state is a key."""
     best: float | None
-    """Best objective of a COMPLETE trial."""
+    """Best objective of a COMPLETE trial; None with several objectives, where no trial is the best."""
     stop_reason: str | None
     storage: str = ""
     """The database, without a password; where `list_databases` read several."""
@@ -87,7 +87,7 @@ def _row(record: StudyRecord, entries: Sequence[StateCount], storage: str) -> St
         name=record.name,
         created=record.created,
         counts={state: found[state].count if state in found else 0 for state in TicketState},
-        best=None if complete is None else complete.best,
+        best=None if complete is None or record.config.get("objectives") else complete.best,
         stop_reason=record.stop_reason,
         storage=storage,
     )

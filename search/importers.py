@@ -315,7 +315,9 @@ def differences(config: StudyConfig, fingerprint: str, other: OtherStudy) -> tup
     mine, theirs = config.train.model_dump(mode="json"), other.config.train.model_dump(mode="json")
     found = ["data"] if fingerprint != other.record.fingerprint else []
     found += [f"train.{key}" for key in mine if key not in COMPARABLE_TRAIN and mine[key] != theirs.get(key)]
-    return (*found, *(["objective"] if config.objective != other.config.objective else []))
+    # Of several objectives a trial has several values, and the sampler is told one.
+    several = config.objectives or other.config.objectives
+    return (*found, *(["objective"] if several or config.objective != other.config.objective else []))
 
 
 def study_candidates(other: OtherStudy) -> Found:

@@ -78,6 +78,10 @@ class StudyFolder:
         """Where `export --format` writes unless told otherwise."""
         return self.root / _EXPORTED[form]
 
+    def pareto_hyp(self, trial_number: int) -> Path:
+        """Where `export --pareto` writes the hyp of a trial of the front."""
+        return self.root / f"hyp.pareto-{trial_number}.yaml"
+
     def trial(self, ticket_number: int, kind: str = "search") -> Path:
         """Folder of one trial's files, or of a ticket's of another kind."""
         return self.root / ("trials" if kind == "search" else kind) / f"{ticket_number:05d}"

@@ -15,18 +15,20 @@ from rich.text import Text
 
 from search.config import StudyConfig
 from search.fidelity import FidelityStatus
-from search.forecast import ShortAgainstFull, Span, expected_cost, seconds_left, short_against_full
+from search.forecast import ShortAgainstFull, Span, seconds_left, short_against_full, study_cost
 from search.housekeeping import StudyRow
 from search.ledger import (
     RERUN_KINDS,
     EpochRow,
     Ledger,
+    StopKind,
     StudyRecord,
     Ticket,
     TicketState,
     WorkerRow,
     WorkerState,
     base_numbers,
+    front,
 )
 from search.prepared import Prepared
 from search.transforms import at_bounds, shown_params
@@ -64,6 +66,8 @@ class TrialStatus:
     seconds: float | None
     reported_at: float | None
     """UTC epoch seconds of its last report."""
+    values: tuple[float, ...] | None = None
+    """Of a complete trial under several objectives; `value` is the first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,11 +103,22 @@ class StudyStatus:
     """A line for each value of the best trial that lies at an end of its range: better ones may be beyond."""
     rerunning: tuple[str, ...] = ()
     """Workers that hold such tickets."""
+    stop_kind: StopKind | None = None
+    objectives: tuple[str, ...] = ()
+    """What is maximised, where there are several; then there is a front, and no best."""
+    front: tuple[TrialStatus, ...] = ()
+    """The trials that no other one beats in all objectives, by the first objective."""
 
     @property
     def finished(self) -> bool:
         """Whether no trial waits or runs."""
         return not any(self.counts.get(state.value, 0) for state in (TicketState.WAITING, TicketState.RUNNING))
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing runs and nothing will: the budget is spent, or the study was stopped as somebody wanted."""
+        is_stopped = self.stop_kind is not None and self.stop_kind.is_planned
+        return self.finished or (is_stopped and not self.counts.get(TicketState.RUNNING.value, 0))
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for `--json`."""
@@ -144,7 +159,7 @@ def sum_up(rows: StudyRows, config: StudyConfig) -> StudyStatus:
     trials = tuple(_trial_status(ticket, reports.get(ticket.id, ()), config) for ticket in tickets)
     complete = [trial for trial in trials if trial.state == TicketState.COMPLETE and trial.value is not None]
     counts = {state.value: sum(ticket.state is state for ticket in tickets) for state in TicketState}
-    best = max(complete, key=lambda trial: trial.value or 0.0, default=None)
+    best = None if config.objectives else max(complete, key=lambda trial: trial.value or 0.0, default=None)
     live = [worker.id for worker in workers if _is_fresh(worker, rows.now)]
     return StudyStatus(
         study=config.name,
@@ -158,6 +173,7 @@ def sum_up(rows: StudyRows, config: StudyConfig) -> StudyStatus:
         slot_epochs=sum(trial.epoch for trial in trials),
         eta_seconds=_seconds_left(config, tickets, reports, live),
         stop_reason=rows.record.stop_reason,
+        stop_kind=rows.record.stop_kind,
         unsent=sum(ticket.state.is_final and not ticket.mirrored for ticket in tickets) * config.tracking.enabled,
         precisions=tuple(sorted({worker.device.rpartition(" ")[2] for worker in workers if " " in worker.device})),
         prepared=Prepared.of(rows.record.config),
@@ -165,6 +181,8 @@ def sum_up(rows: StudyRows, config: StudyConfig) -> StudyStatus:
         reruns=_reruns(rows.reruns),
         at_bounds=_at_bounds(config, tickets, best),
         rerunning=tuple(sorted({one.worker for one in rows.reruns if one.worker and one.state is TicketState.RUNNING})),
+        objectives=tuple(objective.name for objective in config.objectives),
+        front=tuple(trials[tickets.index(ticket)] for ticket in front(tickets)),
     )
 
 
@@ -207,6 +225,7 @@ def _trial_status(ticket: Ticket, rows: Sequence[EpochRow], config: StudyConfig)
         reason=ticket.reason,
         seconds=None if ticket.started is None else ended - ticket.started,
         reported_at=rows[-1].stored_at if rows else None,
+        values=ticket.objective_values,
     )
 
 
@@ -221,8 +240,8 @@ def _seconds_left(
     evaluated = len(config.evaluated_epochs())
     typical = None
     if not any(ticket.state.is_final for ticket in tickets):
-        cost = expected_cost(config.pruner, config.trials, config.train.epochs, config.train.eval_every)
-        typical = evaluated * cost.expected / cost.most
+        cost = study_cost(config)
+        typical = evaluated * cost.expected / (cost.epochs * config.trials)
     return seconds_left(spans, live, evaluated, typical)
 
 
@@ -248,13 +267,15 @@ def epochs_enough(rows: StudyRows, config: StudyConfig) -> ShortAgainstFull:
 
 def status_view(status: StudyStatus, curves: ShortAgainstFull, now: datetime) -> RenderableType:
     """What `status` prints: the live view, when it will be done, and what the curves say."""
-    lines = [f"short against full: {curves.line()}"] if curves.trials else []
+    of = f" (by {status.objectives[0]})" if status.objectives else ""
+    lines = [f"short against full{of}: {curves.line()}"] if curves.trials else []
     if status.fidelity is not None:
         lines.append(status.fidelity.line())
-    if status.eta_seconds is not None and not status.finished:
+    if status.eta_seconds is not None and status.stop_reason is None and not status.finished:
         done = datetime.fromtimestamp(now.timestamp() + status.eta_seconds, now.tzinfo)
         lines.insert(0, f"at this pace it is done {done:%a %Y-%m-%d %H:%M %Z}".rstrip())
-    return Group(live_view(status), *map(Text, lines))
+    shown = [front_table(status)] if status.front else []
+    return Group(live_view(status), *shown, *map(Text, lines))
 
 
 def live_view(status: StudyStatus) -> RenderableType:
@@ -280,16 +301,20 @@ def headline(status: StudyStatus, *, with_eta: bool = True) -> str:
     parts = [counts or "nothing yet"]
     if status.best is not None:
         parts.append(f"best {format_value(status.best.value)} (trial {status.best.number})")
-    if status.base is not None and status.base.value is not None:
+    if status.front:
+        parts.append(f"front of {len(status.front)}: trials {', '.join(str(trial.number) for trial in status.front)}")
+    elif status.base is not None and status.base.value is not None:
         parts.append(f"base {format_value(status.base.value)}")
     parts += [f"{kind} {spent} of {count}" for kind, (spent, count) in status.reruns.items()]
     if status.unsent:
         parts.append(f"{status.unsent} to be sent to MLflow")
     if len(status.precisions) > 1:
         parts.append(f"trained in {' and '.join(status.precisions)}: set train.precision to compare like with like")
-    if status.packs and not status.finished:
+    if status.stop_reason is not None:
+        parts.append(f"stopped: {status.stop_reason}")
+    if status.packs and not status.over:
         parts.append(f"packs of {' and '.join(str(size) for size in sorted(set(status.packs.values())))}")
-    if with_eta and status.eta_seconds is not None and not status.finished:
+    if with_eta and status.eta_seconds is not None and status.stop_reason is None and not status.finished:
         parts.append(f"about {duration(status.eta_seconds)} left")
     return " | ".join(parts)
 
@@ -306,6 +331,18 @@ def trials_table(status: StudyStatus) -> RenderableType:
         table.add_row(_name(trial), Text(trial.state, style=style), epoch, format_value(trial.value), *params, seconds)
     reasons = [Text(f"trial {_name(trial)}: {trial.reason}") for trial in status.trials if trial.reason]
     return Group(table, *reasons)
+
+
+def front_table(status: StudyStatus) -> Table:
+    """The Pareto front, and the base to compare it with."""
+    keys = sorted({key for trial in status.front for key in trial.params}, key=_key_order)
+    table = new_table(f"Pareto front of {status.study}", "trial", *status.objectives, *keys)
+    base = status.base
+    shown = [*([base] if base is not None and base not in status.front else []), *status.front]
+    for trial in shown:
+        values = [format_value(value) for value in trial.values or ()] or [""] * len(status.objectives)
+        table.add_row(_name(trial), *values, *(_number(trial.params.get(key)) for key in keys))
+    return table
 
 
 def studies_table(rows: Sequence[StudyRow]) -> Table:

@@ -78,6 +78,13 @@ def objective_terms(value: object) -> object:
     return {"weights": terms, **({"at": value["at"]} if "at" in value else {})}
 
 
+def objective_list(value: object) -> object:
+    """Accepts `[fitness, class_ap:cat]`; every entry is what `objective` may be."""
+    if not isinstance(value, list | tuple):
+        raise PydanticCustomError("objectives", "not a list")
+    return [objective_terms(entry) for entry in value]
+
+
 def path_or_mapping(value: object) -> object:
     """The base hyp: a path, or a mapping whose values the hyp check will look at."""
     if value is None or isinstance(value, Path):
@@ -402,13 +409,25 @@ class ObjectiveConfig(Section):
         """The classes whose AP takes part."""
         return tuple(term.removeprefix(CLASS_AP) for term in self.weights if term.startswith(CLASS_AP))
 
+    @property
+    def name(self) -> str:
+        """What is maximised, as `fitness` or `0.7 fitness + 0.3 class_ap:cat`."""
+        if list(self.weights.values()) == [1.0]:
+            return next(iter(self.weights))
+        return " + ".join(f"{weight:g} {term}" for term, weight in self.weights.items())
+
     def describe(self) -> str:
         """The objective in words, for tables and headers."""
-        if list(self.weights.values()) == [1.0]:
-            terms = next(iter(self.weights))
-        else:
-            terms = " + ".join(f"{weight:g} {term}" for term, weight in self.weights.items())
-        return f"{terms} at the {self.at} epoch"
+        return f"{self.name} at the {self.at} epoch"
+
+
+class StopConfig(Section):
+    """When the study ends before its budget is spent; running trials go to their ends."""
+
+    hours: Annotated[Number, Field(gt=0)] | None = None
+    """Hours after its creation, or after it was taken up again, from which on no new trial starts."""
+    below_noise: StrictBool = False
+    """Stop once what is left to gain is less than the measured noise of a rerun."""
 
 
 class FidelityConfig(Section):

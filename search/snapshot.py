@@ -110,14 +110,14 @@ def take_snapshot(rows: StudyRows, config: StudyConfig) -> Snapshot:
         best_so_far=_best_so_far(rows.tickets),
         value_range=_value_range(rows.reports),
         epochs_per_minute=_pace(rows, status),
-        eta_seconds=None if status.finished else status.eta_seconds,
+        eta_seconds=None if status.over else status.eta_seconds,
         failures=tuple(
             Failure(name=trial_name(ticket), reason=ticket.reason or "no reason was stored")
             for ticket in sorted(failed, key=lambda ticket: ticket.finished or 0.0)
         ),
         stop_reason=status.stop_reason,
         unsent=status.unsent,
-        finished=status.finished,
+        finished=status.over,
     )
 
 

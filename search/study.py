@@ -48,6 +48,7 @@ from search.database import (
     watch_commits,
 )
 from search.errors import DatabaseError, StudyConfigError, UnknownStudyError, UserInputError
+from search.pareto import non_dominated
 from search.settings import (
     AshaPruner,
     CmaesSampler,
@@ -288,7 +289,7 @@ def create_study(config: StudyConfig, storage: BaseStorage) -> AskedTrial:
         lambda: optuna.create_study(
             study_name=config.name,
             storage=storage,
-            direction="maximize",
+            directions=["maximize"] * len(config.all_objectives),
             sampler=create_sampler(config, ticket_seed(config, 0)),
             pruner=create_pruner(config),
             load_if_exists=True,
@@ -576,7 +577,10 @@ def _history(config: StudyConfig, trials: Sequence[FrozenTrial]) -> list[FrozenT
     if not isinstance(config.sampler, TpeSampler) or len(trials) <= TPE_HISTORY:
         return list(trials)
     complete = [trial for trial in trials if trial.state is TrialState.COMPLETE]
-    best = sorted(complete, key=lambda trial: trial.values[0], reverse=True)[:TPE_BEST]
+    if config.objectives:
+        best = [complete[index] for index in non_dominated([trial.values for trial in complete])][:TPE_BEST]
+    else:
+        best = sorted(complete, key=lambda trial: trial.values[0], reverse=True)[:TPE_BEST]
     kept = {trial.number: trial for trial in [*best, *trials[-(TPE_HISTORY - TPE_BEST) :]]}
     return [kept[number] for number in sorted(kept)]
 
@@ -774,25 +778,26 @@ def trial_value(objective: ObjectiveConfig, rows: Sequence[Report]) -> tuple[flo
     return finite[-1] if finite[-1][1] == ordered[-1].epoch else None
 
 
-def tell(study: optuna.Study, trial_id: int, state: str, value: float | None = None) -> None:
+def tell(study: optuna.Study, trial_id: int, state: str, value: float | Sequence[float] | None = None) -> None:
     """Finish a trial in Optuna; one that is finished already stays as it is.
 
     Args:
         study: the Optuna study.
         trial_id: the trial.
         state: COMPLETE, PRUNED (Optuna takes the last intermediate value) or FAIL.
-        value: the objective of a COMPLETE trial; without a finite one the trial is FAIL.
+        value: the objective of a COMPLETE trial, or its values where there are several; unless all are finite the trial
+            is FAIL.
     """
     final = TrialState[str(state)]
-    if final is TrialState.COMPLETE and (value is None or not math.isfinite(value)):
+    told = [value] if isinstance(value, int | float) else list(value or ())
+    if final is TrialState.COMPLETE and not (told and all(map(math.isfinite, told))):
         final = TrialState.FAIL
-    told = value if final is TrialState.COMPLETE else None
 
     def finish() -> None:
         trial = study._storage.get_trial(trial_id)
         if trial.state.is_finished():
             return
-        values = [told] if told is not None else None
+        values = told if final is TrialState.COMPLETE else None
         if final is TrialState.PRUNED and trial.last_step is not None:
             values = [trial.intermediate_values[trial.last_step]]
         # What `Study.tell` does beyond this serves samplers with constraints.

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Self
 from search.checkpoints import Place, StoredCheckpoint, digest_of, failures_of, open_place
 from search.database import check_study_name
 from search.errors import UserInputError
-from search.ledger import EpochRow, Ticket, TicketState, base_numbers
+from search.ledger import EpochRow, Ticket, TicketState, base_numbers, front
 from search.paths import StudyFolder
 from yolocore.errors import CheckpointError
 
@@ -244,15 +244,26 @@ def complete_trials(tickets: Sequence[Ticket]) -> list[Ticket]:
     return sorted(complete, key=lambda ticket: (-(ticket.value or 0.0), ticket.number))
 
 
+def best_trials(tickets: Sequence[Ticket]) -> list[Ticket]:
+    """The best complete trial; with several objectives those that no other one beats in all of them."""
+    return front(tickets) or complete_trials(tickets)[:1]
+
+
+def best_until(tickets: Sequence[Ticket], ended: Ticket) -> frozenset[int]:
+    """Numbers of the trials that were the best before this one ended."""
+    return frozenset(ticket.number for ticket in best_trials([other for other in tickets if other.id != ended.id]))
+
+
 def kept_numbers(tickets: Sequence[Ticket], policy: str) -> frozenset[int]:
     """Numbers of the finished trials whose weights stay.
 
     Args:
         tickets: All of the study.
-        policy: `train.keep_weights`: `best` keeps those of the best trial and of the base, `all` of every complete one.
+        policy: `train.keep_weights`: `best` keeps those of the best trials and of the base, `all` of every complete
+            one.
     """
     complete = complete_trials(tickets)
     if policy == "best":
         base = base_numbers(tickets)
-        complete = [*complete[:1], *(ticket for ticket in complete if ticket.number in base)]
+        complete = [*best_trials(tickets), *(ticket for ticket in complete if ticket.number in base)]
     return frozenset(ticket.number for ticket in complete if policy != "none")

@@ -17,7 +17,7 @@ from search.confirm import add_noise
 from search.data_facts import DataFacts
 from search.database import init_lock, make_engine, mask_url, sqlite_path
 from search.errors import StudyConfigError, StudyConflictError, UnknownStudyError
-from search.forecast import Forecast, expected_cost
+from search.forecast import Forecast, study_cost
 from search.launch.speed import earlier_speed, measure_speed
 from search.ledger import Ledger, StudyRecord
 from search.paths import StudyFolder
@@ -25,6 +25,7 @@ from search.prepared import Prepared
 from search.ranges import CLS_TO_OBJ, POWER_KEY
 from search.settings import FidelityConfig
 from search.space import base_params, grid_points, pack_limit
+from search.stopping import require_noise
 from search.study import AskedTrial, check_sampler, create_study, open_storage
 from search.transforms import base_text, compensates
 from search.worker.existing import refuse_shared_database
@@ -87,7 +88,7 @@ class StudyPlan:
             ("model", f"{size}, from {self._start()}"),
             *([("anchors", self._anchors())] if train.autoanchor else []),
             ("device", f"{self.device}, {self.precision}, {_packs(self.pack)}"),
-            ("objective", config.objective.describe()),
+            ("objective", config.objective_text()),
             ("trials", f"{config.trials}, sampler {config.sampler.name}, pruner {config.pruner.name}"),
             *space,
             *self.forecast.rows(datetime.now().astimezone()),
@@ -151,7 +152,7 @@ class StudyPlan:
             "anchor_fit": asdict(self.anchor_fit()),
             "space": {key: entry.describe() for key, entry in self.config.space.items()},
             "base": base_params(self.config),
-            "objective": self.config.objective.describe(),
+            "objective": self.config.objective_text(),
             "forecast": self.forecast.to_json(),
             "config": self.config.to_json(),
             "notices": list(self.notices),
@@ -199,7 +200,7 @@ def plan_study(config: StudyConfig, storage_url: str, runs_dir: Path, data: Path
         anchors=start.anchors,
         transferred=f"{start.transferred}/{start.total}" if config.train.weights else None,
         forecast=Forecast(
-            cost=expected_cost(config.pruner, config.trials, config.train.epochs, config.train.eval_every),
+            cost=study_cost(config),
             speed=earlier_speed(config, found, f"{device} {precision}", storage_url, runs_dir),
         ),
         notices=(*_idle_notices(given, config), *_notices(config, dataset, splits)),
@@ -279,6 +280,8 @@ def _notices(config: StudyConfig, dataset: DatasetConfig, splits: dict[str, Spli
             f"train.patience: a trial that ends early counts with its last epoch, {patience} epochs after its best; "
             "with `at: best` in the objective its best epoch counts"
         )
+    if config.objectives:
+        yield "objectives: of several nothing is pruned, no trial is the best: `status` shows the Pareto front"
     yield from _step_notices(config, len(splits["train"].images))
     for split in splits.values():
         yield from split.problems[:5]
@@ -288,7 +291,7 @@ def _fidelity_notices(config: StudyConfig, fidelity: FidelityConfig) -> Iterator
     promoted = 1 + math.ceil((config.trials - 1) / fidelity.reduction_factor)
     yield (
         f"fidelity: every trial first trains {fidelity.epochs} epochs with {fidelity.freeze} layers frozen; about "
-        f"{promoted} of {config.trials} go on to the full training, and the cost counts as if all did"
+        f"{promoted} of {config.trials} go on to the full training"
     )
 
 
@@ -345,6 +348,7 @@ def create_or_resume(plan: StudyPlan, more_trials: int = 0) -> bool:
             record = ledger.study(plan.config.name)
         except UnknownStudyError:
             _check_grid(plan.config, plan.config.trials + more_trials)
+            require_noise(plan.config, None)
             base = create_study(plan.config, storage)
             _create(ledger, plan, prepared or plan.prepare(), base, more_trials)
             return True
@@ -388,6 +392,7 @@ def _resume(ledger: Ledger, plan: StudyPlan, record: StudyRecord, more_trials: i
     frozen = StudyConfig.from_json(record.config)
     # Earlier versions searched keys that do nothing, too.
     require_resumable(frozen, plan.given if set(frozen.space) == set(plan.given.space) else plan.config)
+    require_noise(plan.config, ledger)
     if record.fingerprint != plan.fingerprint:
         raise StudyConflictError(
             f"{plan.data}: fingerprint {plan.fingerprint} is not that of study {frozen.name} ({record.fingerprint}): "
@@ -402,4 +407,5 @@ def _resume(ledger: Ledger, plan: StudyPlan, record: StudyRecord, more_trials: i
         points = grid_points(plan.config)[have : have + missing] if is_grid else ()
         ledger.add_tickets(frozen.name, missing, fixed_params=points)
     add_noise(ledger, frozen, plan.config.noise.seeds)
+    ledger.update_config(frozen.name, {key: plan.config.to_json()[key] for key in ("timeout", "stop")})
     ledger.stop(frozen.name, None)

@@ -11,12 +11,14 @@ from search.ledger.records import (
     EpochRow,
     Rerun,
     StateCount,
+    StopKind,
     StudyRecord,
     Ticket,
     TicketState,
     WorkerRow,
     WorkerState,
     base_numbers,
+    front,
 )
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "Ledger",
     "Rerun",
     "StateCount",
+    "StopKind",
     "StudyRecord",
     "Ticket",
     "TicketState",
@@ -37,4 +40,5 @@ __all__ = [
     "WorkerRow",
     "WorkerState",
     "base_numbers",
+    "front",
 ]

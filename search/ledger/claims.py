@@ -14,7 +14,7 @@ from sqlalchemy.engine import Connection
 
 from search.errors import StudyStoppedError
 from search.ledger.records import SEARCH, Ticket, TicketState
-from search.ledger.rows import TICKET_COLUMNS, clock, read_study, read_ticket, ticket_of
+from search.ledger.rows import TICKET_COLUMNS, clock, read_study, read_ticket, study_of, ticket_of
 from search.ledger.tables import ticket_table
 
 MAX_STALLED = 3
@@ -55,9 +55,10 @@ def claim(
     Raises:
         UnknownStudyError, StudyStoppedError.
     """
-    record = read_study(connection, study)
-    if record.stop_reason is not None and kind == SEARCH:
-        raise StudyStoppedError(f"study {study!r} was stopped: {record.stop_reason}")
+    record = study_of(read_study(connection, study))
+    if record.stop_kind is not None and kind == SEARCH:
+        text = f"study {study!r} was stopped: {record.stop_reason}"
+        raise StudyStoppedError(text, planned=record.stop_kind.is_planned)
     now = clock(connection)
     first = None if joining else _first_startable(connection, study, kind, now)
     if first is None and not joining:

@@ -17,6 +17,7 @@ from search.ledger.records import (
     EpochRow,
     Rerun,
     StateCount,
+    StopKind,
     StudyRecord,
     Ticket,
     TicketState,
@@ -127,14 +128,23 @@ class Ledger:
         """Stores the MLflow run that sums the study up."""
         self._update_study(name, {"summary_run_id": run_id})
 
-    def stop(self, name: str, reason: str | None) -> None:
+    def stop(self, name: str, reason: str | None, kind: StopKind = StopKind.FAILED) -> None:
         """No more tickets are given out, for `reason`; None lets the study go on, and old failures count no more."""
 
         def update(connection: Connection) -> None:
-            values: dict[str, Any] = {"stop_reason": reason}
+            values: dict[str, Any] = {"stop_reason": reason, "stop_kind": kind}
             if reason is None:
-                values["resumed"] = clock(connection)
+                values |= {"resumed": clock(connection), "stop_kind": None}
             _update_study(connection, name, values)
+
+        self._write(update)
+
+    def update_config(self, name: str, changes: Mapping[str, Any]) -> None:
+        """Replaces top-level keys of a study's frozen configuration: those of its budget, when it is taken up again."""
+
+        def update(connection: Connection) -> None:
+            config = dict(read_study(connection, name, lock=True).config)
+            _update_study(connection, name, {"config": {**config, **changes}})
 
         self._write(update)
 
@@ -565,17 +575,27 @@ class Ledger:
         value: float | None,
         reason: str | None,
         best_epoch: int | None = None,
+        objective_values: Sequence[float] | None = None,
     ) -> Ticket:
         """Spends the ticket. Finishing twice with the same state is allowed.
 
+        Args:
+            ticket: as claimed.
+            state: how it ended.
+            value: the objective; of several the first.
+            reason: why, if there is something to say.
+            best_epoch: the epoch that gave it its value, 0-based.
+            objective_values: all of them in a study of several objectives.
+
         Raises:
             LeaseLostError: the ticket is no longer held; nothing was written.
-            ValueError: `state` is not final, or COMPLETE comes without a finite value.
+            ValueError: `state` is not final, or COMPLETE comes without finite values.
         """
         if not state.is_final:
             raise ValueError(f"{state} does not finish a ticket")
-        if state is TicketState.COMPLETE and finite_or_none(value) is None:
-            raise ValueError(f"COMPLETE needs a finite value, not {value}")
+        for number in (value, *(objective_values or ())) if state is TicketState.COMPLETE else ():
+            if finite_or_none(number) is None:
+                raise ValueError(f"COMPLETE needs a finite value, not {number}")
 
         def finish(connection: Connection) -> Ticket:
             # Locked, which waits for an earlier try whose connection was lost while its commit went on.
@@ -589,6 +609,7 @@ class Ledger:
                 value=finite_or_none(value),
                 reason=reason,
                 best_epoch=best_epoch,
+                objective_values=None if objective_values is None else list(objective_values),
                 lease_expires=None,
                 finished=clock(connection),
             )

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from search.pareto import non_dominated
+
 SEARCH = "search"
 """Tickets that train what the sampler proposes: the study's budget."""
 
@@ -34,6 +36,25 @@ class TicketState(StrEnum):
     def is_final(self) -> bool:
         """Whether the ticket is spent."""
         return self in {TicketState.COMPLETE, TicketState.PRUNED, TicketState.FAIL}
+
+
+class StopKind(StrEnum):
+    """What ended a study before its budget was spent."""
+
+    FAILED = "FAILED"
+    """Too many trials failed, or something else went wrong."""
+    TIME = "TIME"
+    NOISE = "NOISE"
+    """Less is left to gain than a rerun varies."""
+    ASKED = "ASKED"
+    """By `yolosearch stop`; running trials go to their ends."""
+    NOW = "NOW"
+    """By `yolosearch stop --now`; running trials are handed back."""
+
+    @property
+    def is_planned(self) -> bool:
+        """Whether somebody wanted it so."""
+        return self is not StopKind.FAILED
 
 
 class WorkerState(StrEnum):
@@ -95,6 +116,13 @@ class Ticket:
     """Of a rerun: of its initialisation and its image stream."""
     epochs: int | None = None
     """Of a rerun: how long it trains."""
+    objective_values: tuple[float, ...] | None = None
+    """Of a complete trial of a study with several objectives; `value` is the first of them."""
+
+    @property
+    def told(self) -> float | tuple[float, ...] | None:
+        """What Optuna is told of a finished trial."""
+        return self.value if self.objective_values is None else self.objective_values
 
     @property
     def is_rerun(self) -> bool:
@@ -118,6 +146,16 @@ class Rerun:
     seed: int
     epochs: int
     params: Mapping[str, Any]
+
+
+def front(tickets: Iterable[Ticket]) -> list[Ticket]:
+    """The complete search trials that no other one beats in all objectives, by the first objective; [] with one."""
+    complete = [
+        (ticket, ticket.objective_values)
+        for ticket in sorted(tickets, key=lambda ticket: ticket.number)
+        if ticket.kind == "search" and ticket.state is TicketState.COMPLETE and ticket.objective_values is not None
+    ]
+    return [complete[index][0] for index in non_dominated([values for _, values in complete])]
 
 
 def base_numbers(tickets: Iterable[Ticket]) -> frozenset[int]:
@@ -168,6 +206,9 @@ class StudyRecord:
     summary_run_id: str | None = None
     stop_reason: str | None = None
     """Why no more tickets are given out; None while the study may go on."""
+    stop_kind: StopKind | None = None
+    resumed: float | None = None
+    """When it was taken up again last, UTC epoch seconds."""
 
     @property
     def owner(self) -> str:

@@ -8,7 +8,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Row
 
 from search.errors import LeaseLostError, UnknownStudyError
-from search.ledger.records import EpochRow, StudyRecord, Ticket, TicketState, WorkerRow, WorkerState
+from search.ledger.records import EpochRow, StopKind, StudyRecord, Ticket, TicketState, WorkerRow, WorkerState
 from search.ledger.tables import epoch_table, from_json_metrics, study_table, ticket_table
 
 TICKET_COLUMNS = [ticket_table.c[name] for name in Ticket.__dataclass_fields__]
@@ -32,6 +32,8 @@ def ticket_of(row: Row[Any]) -> Ticket:
     values = dict(row._mapping)
     values["state"] = TicketState(values["state"])
     values["history"] = tuple(values["history"])
+    if values["objective_values"] is not None:
+        values["objective_values"] = tuple(map(float, values["objective_values"]))
     return Ticket(**values)
 
 
@@ -60,8 +62,10 @@ def read_epoch(connection: Connection, ticket_id: int, epoch: int) -> EpochRow |
 
 def study_of(row: Row[Any]) -> StudyRecord:
     """A row of `study_table` as a record."""
-    values = row._mapping
-    return StudyRecord(**{name: values[name] for name in StudyRecord.__dataclass_fields__})
+    values = {name: row._mapping[name] for name in StudyRecord.__dataclass_fields__}
+    # A stop that an earlier version wrote has no kind: it knew only failures.
+    kind = values["stop_kind"] or (None if values["stop_reason"] is None else StopKind.FAILED)
+    return StudyRecord(**{**values, "stop_kind": None if kind is None else StopKind(kind)})
 
 
 def read_study(connection: Connection, name: str, *, lock: bool = False) -> Row[Any]:

@@ -77,6 +77,8 @@ study_table = sa.Table(
     sa.Column("created", sa.Double, nullable=False),
     sa.Column("summary_run_id", sa.String(64)),
     sa.Column("stop_reason", sa.Text),
+    # What stopped it, for programs: see `StopKind`.
+    sa.Column("stop_kind", sa.String(16)),
     # Failures before this moment no longer count towards stopping the study again.
     sa.Column("resumed", sa.Double),
     # Who created it: lets a writer whose commit was not acknowledged see that it went through.
@@ -103,6 +105,8 @@ ticket_table = sa.Table(
     sa.Column("epochs_at_claim", sa.Integer, nullable=False),
     sa.Column("checkpoint", sa.Text),
     sa.Column("value", sa.Double),
+    # Of a study of several objectives all values; `value` is the first of them.
+    sa.Column("objective_values", StrictJson),
     sa.Column("best_epoch", sa.Integer),
     sa.Column("reason", sa.Text),
     sa.Column("stalled_attempts", sa.Integer, nullable=False),

@@ -54,7 +54,9 @@ class Gallery:
         self._tracker = tracker
         self._context = context
         self._study = context.record.name
-        self._wanted = context.config.tracking.enabled and context.config.tracking.review
+        # The review is about one objective, and of several no trial is the champion.
+        is_single = not context.config.objectives
+        self._wanted = is_single and context.config.tracking.enabled and context.config.tracking.review
         self._process: BaseProcess | None = None
         self._folder: Path | None = None
         self._data: StudyData | None = None

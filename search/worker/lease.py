@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Iterable
 from types import TracebackType
 
 from search.errors import SearchError
-from search.ledger import Ledger
+from search.ledger import Ledger, StopKind
 
 logger = logging.getLogger(__name__)
 
@@ -17,6 +18,9 @@ RENEWALS_PER_LEASE = 6
 HEARTBEAT_SECONDS = 60.0
 """A worker says at least so often that it lives, however long its leases are."""
 
+ASK_SECONDS = 5.0
+"""How often it asks whether somebody wants its trials back."""
+
 
 class LeaseKeeper:
     """A thread that renews leases several times per lease and survives outages of the database.
@@ -24,8 +28,10 @@ class LeaseKeeper:
     A ticket that another worker took over in the meantime shows up in `lost`; its trial must not go on here.
     """
 
-    def __init__(self, ledger: Ledger, worker_id: str, lease_seconds: float) -> None:
+    def __init__(self, ledger: Ledger, study: str, worker_id: str, lease_seconds: float) -> None:
         self._ledger = ledger
+        self._study = study
+        self._recalled = False
         self._worker_id = worker_id
         self._lease_seconds = lease_seconds
         self._held: set[int] = set()
@@ -56,6 +62,15 @@ class LeaseKeeper:
         with self._lock:
             return frozenset(self._held)
 
+    @property
+    def recalled(self) -> bool:
+        """Whether the study was stopped by somebody who wants its trials handed back."""
+        return self._recalled
+
+    def ask(self) -> None:
+        """Looks once whether the trials are wanted back; normally called by the thread."""
+        self._recalled = self._ledger.study(self._study).stop_kind is StopKind.NOW
+
     def hold(self, ticket_ids: Iterable[int]) -> None:
         """Renews these tickets from now on."""
         with self._lock:
@@ -85,9 +100,14 @@ class LeaseKeeper:
             self._lost |= gone
 
     def _run(self) -> None:
-        while not self._stop.wait(min(self._lease_seconds / RENEWALS_PER_LEASE, HEARTBEAT_SECONDS)):
+        every = min(self._lease_seconds / RENEWALS_PER_LEASE, HEARTBEAT_SECONDS)
+        due = time.monotonic() + every
+        while not self._stop.wait(min(every, ASK_SECONDS)):
             try:
-                self.renew()
+                self.ask()
+                if time.monotonic() >= due:
+                    self.renew()
+                    due = time.monotonic() + every
             except SearchError as error:
                 logger.warning("leases could not be renewed, trying again: %s", error)
             except Exception:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import queue
 import threading
 import time
@@ -18,17 +19,18 @@ from typing import Any
 
 import optuna
 
+from search.config import objective_values
 from search.confirm import ConfirmReport, latest_confirmation, noise_report, summary_metrics
 from search.database import init_lock
 from search.errors import LeaseLostError
 from search.fidelity import spearman, value_pairs
-from search.ledger import NOISE, EpochRow, Ledger, Ticket, TicketState
+from search.ledger import NOISE, EpochRow, Ledger, Ticket, TicketState, front
 from search.study import tell
 from search.tracking import TrackedState, Tracker
 from search.transforms import hyperparameters
 from search.weights import value_row
 from search.worker.gallery import Gallery
-from search.worker.records import MirrorContext, metric_name, table_columns
+from search.worker.records import MirrorContext, metric_name, plain_name, table_columns
 from yolocore.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -94,7 +96,7 @@ class Mirror:
         """Brings the copies of one ticket up to date; repeating it changes nothing."""
         ticket = self._ledger.ticket(ticket_id)
         if ticket.state.is_final and ticket.trial_id is not None:
-            tell(self._study, ticket.trial_id, ticket.state, ticket.value)
+            tell(self._study, ticket.trial_id, ticket.state, ticket.told)
         self._summary_run()
         if ticket.params is not None:
             self._sync_run(ticket)
@@ -160,7 +162,13 @@ class Mirror:
         named = {metric_name(key, self._context.class_names): value for key, value in row.metrics.items()}
         if row.value is not None:
             named["objective"] = row.value
+        values = objective_values(self._context.config, row.metrics, self._context.class_names)
+        named.update(zip(self._objective_metrics("objective"), values, strict=True))
         return row.epoch, named, row.stored_at
+
+    def _objective_metrics(self, prefix: str) -> list[str]:
+        """A metric's name for each of several objectives, as `objective/fitness`."""
+        return [f"{prefix}/{plain_name(objective.name)}" for objective in self._context.config.objectives]
 
     def _final_tags(self, ticket: Ticket) -> dict[str, str]:
         tags = {"yolosearch.attempts": str(ticket.attempt)}
@@ -168,7 +176,13 @@ class Mirror:
             tags["yolosearch.value"] = f"{ticket.value:.6g}"
         if ticket.fidelity_value is not None:
             tags["yolosearch.fidelity_value"] = f"{ticket.fidelity_value:.6g}"
+        if ticket.objective_values is not None:
+            tags["yolosearch.values"] = self._values_text(ticket.objective_values)
         return tags
+
+    def _values_text(self, values: Sequence[float]) -> str:
+        named = zip(self._context.config.objectives, values, strict=True)
+        return ", ".join(f"{objective.name} {value:.6g}" for objective, value in named)
 
     def _log_files(self, run_id: str, ticket: Ticket, rows: Sequence[EpochRow]) -> None:
         curve = [{"epoch": row.epoch, "value": row.value, "stored_at": row.stored_at, **row.metrics} for row in rows]
@@ -194,7 +208,10 @@ class Mirror:
     def _hyp_text(self, ticket: Ticket) -> str:
         hyp = hyperparameters(self._context.config, ticket.params or {})
         rerun = f": trial {ticket.candidate} again (0 is the base)" if ticket.is_rerun else ", unconfirmed"
-        return hyp.to_yaml([f"{ticket.label} of study {ticket.study}{rerun}"])
+        lines = [f"{ticket.label} of study {ticket.study}{rerun}"]
+        if ticket.objective_values is not None:
+            lines.append(self._values_text(ticket.objective_values))
+        return hyp.to_yaml(lines)
 
     def _sync_summary(self, ticket: Ticket) -> None:
         """One point per finished trial on the summary run: the best value when that trial ended."""
@@ -203,12 +220,12 @@ class Mirror:
             self._sum_up_reruns(summary, ticket)
         if ticket.finished is None or ticket.trial_number is None:
             return
-        best = self._ledger.best_value(ticket.study, until=ticket.finished)
-        if best is not None:
-            self._tracker.log_epochs(summary, [(ticket.trial_number, {"study/best_objective": best}, ticket.finished)])
+        best = self._best_until(ticket.study, ticket.finished)
+        if best:
+            self._tracker.log_epochs(summary, [(ticket.trial_number, best, ticket.finished)])
         if self._context.config.fidelity is not None:
             self._log_correlation(summary, ticket.trial_number, ticket.finished)
-        if not any(self._ledger.open_counts(ticket.study).values()):
+        if self._is_over():
             self._close_summary(summary, self._ledger.counts(ticket.study))
 
     def _log_correlation(self, run_id: str, trial_number: int, until: float) -> None:
@@ -234,12 +251,43 @@ class Mirror:
         if isinstance(found, ConfirmReport):
             self._tracker.set_tags(summary, {"yolosearch.confirmation": found.verdict()})
 
+    def _is_over(self) -> bool:
+        """Whether the budget is spent, or the study was stopped as somebody wanted and nothing runs any more."""
+        counts = self._ledger.open_counts(self._context.record.name)
+        if not any(counts.values()):
+            return True
+        kind = self._ledger.study(self._context.record.name).stop_kind
+        return kind is not None and kind.is_planned and not counts[TicketState.RUNNING]
+
+    def _conclude(self) -> None:
+        """A study that was stopped between two trials has no last one that would close its summary."""
+        record = self._ledger.study(self._context.record.name)
+        if record.stop_kind is not None and record.summary_run_id is not None and self._is_over():
+            self._close_summary(record.summary_run_id, self._ledger.counts(record.name))
+
+    def _best_until(self, study: str, moment: float) -> dict[str, float]:
+        """The best value of each objective among the trials that had ended, and how many made up the front."""
+        if not self._context.config.objectives:
+            best = self._ledger.best_value(study, until=moment)
+            return {} if best is None else {"study/best_objective": best}
+        ended = [ticket for ticket in self._ledger.tickets(study) if (ticket.finished or math.inf) <= moment]
+        found = front(ended)
+        bests = [max(values) for values in zip(*(ticket.objective_values or () for ticket in found), strict=True)]
+        named = dict(zip(self._objective_metrics("study/best"), bests, strict=True)) if found else {}
+        return {**named, "study/front_trials": float(len(found))} if found else {}
+
     def _close_summary(self, run_id: str, counts: Mapping[TicketState, int]) -> None:
         tags = {f"yolosearch.trials.{state.lower()}": str(count) for state, count in counts.items()}
-        best = self._ledger.best(self._context.record.name)
-        if best is not None:
-            tags["yolosearch.best_trial"] = str(best.trial_number)
-            self._tracker.log_artifacts(run_id, {"hyp.best.yaml": self._hyp_text(best)})
+        if self._context.config.objectives:
+            best = front(self._ledger.tickets(self._context.record.name))
+            tags["yolosearch.front"] = ", ".join(str(ticket.trial_number) for ticket in best)
+            files = {f"hyp.pareto-{ticket.trial_number}.yaml": self._hyp_text(ticket) for ticket in best}
+            self._tracker.log_artifacts(run_id, files)
+        elif (ticket := self._ledger.best(self._context.record.name)) is not None:
+            tags["yolosearch.best_trial"] = str(ticket.trial_number)
+            self._tracker.log_artifacts(run_id, {"hyp.best.yaml": self._hyp_text(ticket)})
+        reason = self._ledger.study(self._context.record.name).stop_reason
+        tags["yolosearch.stopped"] = reason or ""
         self._tracker.set_tags(run_id, tags)
         self._tracker.set_state(run_id, TrackedState.COMPLETE)
 
@@ -261,6 +309,8 @@ class Mirror:
         return run_id
 
     def _is_best(self, ticket: Ticket) -> bool:
+        if self._context.config.objectives:
+            return ticket.id in {best.id for best in front(self._ledger.tickets(ticket.study))}
         best = self._ledger.best(self._context.record.name)
         return best is not None and best.id == ticket.id
 
@@ -281,6 +331,7 @@ class Mirror:
             if not closing:
                 self._try("plots of the study", lambda: self._gallery.poll(self._summary_run))
         self._try("plots of the study", lambda: self._gallery.finish(self._summary_run))
+        self._try("the end of the study", self._conclude)
         self._gallery.close()
 
     def _noticed(self) -> dict[int, None]:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 from search.checkpoints import CheckpointStore
-from search.config import objective_value
+from search.config import objective_value, objective_values
 from search.errors import LeaseLostError, SearchError, UserInputError
 from search.ledger import EpochRow, Ticket, TicketState
 from search.settings import ObjectiveConfig
 from search.study import mirror_reports, should_prune, tell, trial_value
 from search.transforms import hyperparameters
-from search.weights import WeightsStore, complete_trials, kept_numbers, value_row
+from search.weights import WeightsStore, best_until, kept_numbers, value_row
 from search.worker.context import WorkerContext
 from search.worker.lease import LeaseKeeper
 from search.worker.messages import (
@@ -199,7 +200,7 @@ class PackRun:
                 on_test = objective_value(self._config.objective, tested.to_mapping(), names)
                 metrics[f"{TEST_PREFIX}objective"] = on_test
             row = self._ledger.record_epoch(ticket, report.epoch, value, metrics, time.time())
-            if not ticket.is_rerun:
+            if not ticket.is_rerun and not self._config.objectives:  # Optuna has no curves of several
                 mirror_reports(self._context.study, trial_id_of(ticket), [row])
 
     def _judge(self, ticket: Ticket, report: EpochReport) -> None:
@@ -232,20 +233,33 @@ class PackRun:
 
     def _end(self, ticket: Ticket, state: TicketState, reason: str | None = None) -> None:
         """Ends a trial with the value that its stored epochs give it."""
-        found = trial_value(self._config.objective, self._ledger.reports(ticket.id))
-        if found is None and state is TicketState.COMPLETE:
+        rows = self._ledger.reports(ticket.id)
+        found = trial_value(self._config.objective, rows)
+        value, epoch = found or (None, None)
+        values = self._values_at(rows, epoch)
+        if state is TicketState.COMPLETE and (found is None or not all(map(math.isfinite, values))):
             self.fail(ticket, "the objective of the last epoch is not finite")
         else:
-            value, epoch = found or (None, None)
-            self._finish(ticket, state, value, reason, epoch)
+            self._finish(ticket, state, value, reason, epoch, values or None)
+
+    def _values_at(self, rows: Sequence[EpochRow], epoch: int | None) -> tuple[float, ...]:
+        """The values of one stored epoch under several objectives; () in a study of one."""
+        row = next((row for row in rows if row.epoch == epoch), None)
+        return () if row is None else objective_values(self._config, row.metrics, self._context.class_names)
 
     def _finish(
-        self, ticket: Ticket, state: TicketState, value: float | None, reason: str | None, epoch: int | None = None
+        self,
+        ticket: Ticket,
+        state: TicketState,
+        value: float | None,
+        reason: str | None,
+        epoch: int | None = None,
+        values: tuple[float, ...] | None = None,
     ) -> None:
-        self._ledger.finish(ticket, state, value, reason, epoch)
+        ended = self._ledger.finish(ticket, state, value, reason, epoch, values)
         self._close(ticket)
         if not ticket.is_rerun:
-            tell(self._context.study, trial_id_of(ticket), state, value)
+            tell(self._context.study, trial_id_of(ticket), state, ended.told)
         self._tidy(partial(self._checkpoints.delete, ticket.number))
         if self._keeps_weights:
             self._tidy(partial(self._sort_weights, ticket))
@@ -258,9 +272,8 @@ class PackRun:
         """Keeps the weights of a trial that has ended if they count, and lets go of those that they beat."""
         tickets = self._ledger.tickets(self._config.name)
         kept = kept_numbers(tickets, self._config.train.keep_weights)
-        # The one behind it was the best until now. What two workers at the same moment leave, `clean` finds.
-        ended = [ticket.number, *(other.number for other in complete_trials(tickets)[1:2])]
-        for number in ended:
+        # What two workers at the same moment leave, `clean` finds.
+        for number in (ticket.number, *best_until(tickets, ticket)):
             if number not in kept:
                 self._weights.keep(number, None)
         if ticket.number in kept:

@@ -54,7 +54,7 @@ def metric_name(key: str, class_names: Sequence[str]) -> str:
     """How MLflow calls a metric of the ledger. The prefix is the chart's group."""
     split, marker, index = key.rpartition("class_ap/")
     if marker:
-        return f"{split}{marker}" + re.sub(r"[^\w\-. ]", "_", class_names[int(index)], flags=re.ASCII)
+        return f"{split}{marker}{plain_name(class_names[int(index)])}"
     return METRIC_NAMES.get(key, key)
 
 
@@ -62,3 +62,8 @@ def table_columns(config: StudyConfig) -> tuple[str, ...]:
     """What the table of runs shows beside their names: how it went, what was found, what was tried."""
     shown = ("objective", "metrics/mAP50", "metrics/mAP50-95", "metrics/precision", "metrics/recall")
     return (*shown, *(f"params.{key}" for key in config.space), "tags.yolosearch.state")
+
+
+def plain_name(name: str) -> str:
+    """A name in the letters that MLflow takes."""
+    return re.sub(r"[^\w\-. ]", "_", name, flags=re.ASCII)

@@ -11,7 +11,7 @@ from types import FrameType
 
 
 class StopRequested(Exception):  # noqa: N818 - not an error: somebody asked the worker to end
-    """A signal, a dead launcher or a lost lease ends the work between two batches."""
+    """A signal, a dead launcher, a lost lease or `yolosearch stop --now` ends the work between two batches."""
 
 
 class StopFlag:

@@ -12,6 +12,7 @@ from search.errors import LeaseLostError, StudyStoppedError
 from search.fidelity import in_fidelity
 from search.ledger import MAX_STALLED, SEARCH, Ticket, TicketState
 from search.space import pack_limit
+from search.stopping import StoppingRules
 from search.study import orphans, tell
 from search.worker.capacity import is_measured, largest_useful, measured_limit
 from search.worker.context import WorkerContext
@@ -42,7 +43,8 @@ class Worker:
         """Trials that a pack may have; 0 as long as it is not measured."""
         self._tried = 0
         """The largest pack that was thought useful when packs were measured."""
-        self._leases = LeaseKeeper(context.ledger, context.worker_id, context.lease_seconds)
+        self._leases = LeaseKeeper(context.ledger, context.config.name, context.worker_id, context.lease_seconds)
+        self._rules = StoppingRules(context.config, context.ledger, context.study)
         self._supply = Supply(context, mirror, self._leases, self._is_over, self._check_stop)
         settings = context.trainer_settings()
         self._store = settings.open_checkpoints()
@@ -60,15 +62,23 @@ class Worker:
         with self._leases, closing(self._trainer):
             if self._limit:
                 self._set_limit(self._limit)
-            while not self._stop.is_set:
-                self._check_failures()
-                release_dead_neighbours(self._ledger, self._config.name)
-                if not self._run_pack():
-                    if not self._others_are_busy() or self._past_deadline():
-                        break
-                    # Their tickets may still come back: whatever dies, somebody finishes it.
-                    self._stop.wait(IDLE_SECONDS)
+            try:
+                self._work()
+            except StudyStoppedError as error:
+                if not error.planned:
+                    raise
+                logger.info("%s", error)
         return self._conclude()
+
+    def _work(self) -> None:
+        while not (self._stop.is_set or self._is_recalled):
+            self._check_failures()
+            release_dead_neighbours(self._ledger, self._config.name)
+            if not self._run_pack():
+                if not self._others_are_busy() or self._past_deadline():
+                    break
+                # Their tickets may still come back: whatever dies, somebody finishes it.
+                self._stop.wait(IDLE_SECONDS)
 
     def _conclude(self) -> int:
         """Number of tickets that ended here; after the last of the search, Optuna has no trial open either."""
@@ -133,11 +143,23 @@ class Worker:
 
     def _is_over(self) -> bool:
         """Whether nothing new may be claimed: what runs still runs to its end, unless a signal asks for more."""
-        return self._stop.is_set or self._past_deadline() or self._failures() is not None
+        if self._stop.is_set or self._is_recalled or self._past_deadline() or self._failures() is not None:
+            return True
+        return self._takes_trials and self._rules.apply()
+
+    @property
+    def _takes_trials(self) -> bool:
+        """Whether it works on the search, and not on reruns alone: what stops a study stops its search."""
+        return SEARCH in self._context.kinds
+
+    @property
+    def _is_recalled(self) -> bool:
+        """Whether somebody stopped the study and wants its trials handed back."""
+        return self._takes_trials and self._leases.recalled
 
     def _failures(self) -> int | None:
         """How many trials in a row failed, if they are too many; a worker that takes no trials does not mind."""
-        if SEARCH not in self._context.kinds:
+        if not self._takes_trials:
             return None
         count = self._ledger.failures_in_a_row(self._config.name)
         return count if count >= self._config.max_failures_in_a_row else None
@@ -212,5 +234,5 @@ class Worker:
         ]
 
     def _check_stop(self) -> None:
-        if self._stop.is_set:
+        if self._stop.is_set or self._is_recalled:
             raise StopRequested

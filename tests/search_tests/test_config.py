@@ -15,6 +15,7 @@ from search.config import (
     check_objective,
     load_study_config,
     objective_value,
+    objective_values,
     parse_study,
     require_resumable,
     shared_keys,
@@ -367,7 +368,8 @@ def test_require_resumable_accepts_another_budget_only() -> None:
     with pytest.raises(StudyConflictError) as caught:
         require_resumable(study(), study(trials=40, objective="map"))
 
-    only = "allowed: changes of noise.seeds, timeout, trials only, anything else is a study with another name"
+    budget = "noise.seeds, stop.below_noise, stop.hours, timeout, trials"
+    only = f"allowed: changes of {budget} only, anything else is a study with another name"
     assert str(caught.value).splitlines() == [
         f"study blood: objective.weights.fitness: got null, the database has 1.0; {only}",
         f"study blood: objective.weights.map: got 1.0, the database has null; {only}",
@@ -401,3 +403,59 @@ def test_train_config_carries_every_training_key(folder: Path) -> None:
 
     expected = {**config.train.model_dump(exclude=set(STUDY_WIDE_KEYS)), "data": folder / "data.yaml"}
     assert {key: value for key, value in dataclasses.asdict(train).items() if key in expected} == expected
+
+
+# ---- several objectives ----------------------------------------------------------------------------------------------
+
+RANGES = {"box": {"low": 0.02, "high": 0.2}, "obj": {"low": 0.5, "high": 2.0}}
+
+
+def test_parse_study_several_objectives_prune_nothing_and_the_first_leads() -> None:
+    config = study(objectives=["map50", {"fitness": 0.7, "class_ap:a": 0.3}])
+
+    assert [objective.name for objective in config.all_objectives] == ["map50", "0.7 fitness + 0.3 class_ap:a"]
+    assert config.objective.name == "map50"
+    assert config.pruner.name == "none"
+    assert config.objective_text() == "map50 and 0.7 fitness + 0.3 class_ap:a at the last epoch"
+    assert StudyConfig.from_json(config.to_json()).to_json() == config.to_json()
+    assert study().objective_text() == "fitness at the last epoch"
+
+
+def test_objective_values_are_those_of_each_objective() -> None:
+    config = study(objectives=["map50", {"fitness": 0.5, "class_ap:a": 0.5}])
+
+    assert objective_values(config, {"map50": 0.4, "fitness": 0.2, "class_ap/0": 0.6}, ["a"]) == (0.4, 0.4)
+    assert objective_values(study(), {"map50": 0.4, "fitness": 0.2}, ["a"]) == ()
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"pruner": "median", "objectives": ["fitness", "map50"]}, 'study: pruner.name: got "median" with several '),
+        (
+            {"sampler": "cmaes", "space": RANGES, "objectives": ["fitness", "map"]},
+            'study: sampler.name: got "cmaes", which follows',
+        ),
+        ({"objectives": ["fitness"]}, "study: objectives: names one objective; allowed: two or more"),
+        ({"objectives": ["fitness", "fitness"]}, "study: objectives: names one objective twice"),
+        ({"objectives": ["fitness", "map5"]}, 'study: objectives[1]: unknown metric "map5", did you mean map50?'),
+        ({"objectives": ["fitness", {"map": -1}]}, "study: objectives[1].map: got -1; allowed: a list of two or more"),
+        ({"objectives": "fitness"}, 'study: objectives: got "fitness"; allowed: a list of two or more of fitness'),
+        ({"objectives": ["fitness", {"metric": "map", "at": "best"}]}, "study: objectives[1]: got at: best"),
+        ({"stop": {"below_noise": True}, "objectives": ["fitness", "map"]}, "study: stop.below_noise: got true with"),
+        ({"objective": "map", "objectives": ["fitness", "map50"]}, "study: objective: stands beside objectives"),
+    ],
+)
+def test_parse_study_objectives_that_do_not_go_are_one_line(changes: dict[str, Any], line: str) -> None:
+    with pytest.raises(StudyConfigError) as error:
+        study(**changes)
+
+    assert str(error.value).startswith(line)
+    assert "\n" not in str(error.value)
+
+
+def test_check_objective_looks_at_the_classes_of_all_objectives() -> None:
+    config = study(objectives=["fitness", "class_ap:cat"])
+
+    with pytest.raises(StudyConfigError, match="objectives: class_ap:cat: no class of the data set"):
+        check_objective(config, ["dog"])

@@ -2,10 +2,12 @@
 
 import random
 from datetime import UTC, datetime
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from search.config import parse_study
 from search.forecast import (
     ENOUGH_TRIALS,
     Cost,
@@ -21,6 +23,7 @@ from search.forecast import (
     seconds_left,
     short_against_full,
     simulated_lengths,
+    study_cost,
     workers_rate,
 )
 from search.settings import AshaPruner, HyperbandPruner, MedianPruner, NonePruner, PatientPruner
@@ -129,6 +132,33 @@ def test_expected_cost_of_a_pruner_that_looks_at_single_curves_is_at_most_everyt
     assert cost.text() == "at most 10 trainings (200 slot-epochs), less what patient stops"
 
 
+def test_study_cost_with_a_cheap_training_counts_those_that_go_on(tmp_path: Path) -> None:
+    weights = tmp_path / "start.pt"
+    weights.touch()
+    space = {"box": {"low": 0.02, "high": 0.2}}
+    document = {"name": "s", "data": "builtin:digits", "space": space, "trials": 31, "pruner": "none"}
+    train = {"epochs": 20, "weights": str(weights)}
+    config = parse_study({**document, "train": train, "fidelity": {"epochs": 4}}, source="study.yaml")
+
+    cost = study_cost(config)
+
+    # The base and a third of the others.
+    assert (cost.promoted, cost.expected, cost.cheap) == (11, 220, 124)
+    assert cost.text() == "11 trainings (220 slot-epochs), for 11 trials that go on after 124 cheap slot-epochs"
+    speed = Speed(seconds=10.0, slots=4, source="as study before")
+    assert Forecast(cost=cost, speed=speed).seconds == 3440.0
+
+
+def test_study_cost_counts_the_trainings_that_measure_the_noise() -> None:
+    document = {"name": "s", "data": "builtin:digits", "space": {"box": [0.05, 0.1]}, "trials": 2, "pruner": "none"}
+    config = parse_study({**document, "train": {"epochs": 10}, "noise": {"seeds": 3}}, source="study.yaml")
+
+    cost = study_cost(config)
+
+    assert cost.text() == "2 trainings (20 slot-epochs), and 3 trainings for the noise"
+    assert cost.slot_epochs == 50
+
+
 def test_rung_epochs_multiply_until_the_full_training() -> None:
     assert rung_epochs(2, 3, 54) == (2, 6, 18)
     assert rung_epochs(5, 4, 5) == ()
@@ -183,7 +213,6 @@ def test_expected_cost_agrees_with_optunas_own_pruner(name: str) -> None:
     import optuna
     from optuna.trial import TrialState, create_trial
 
-    from search.config import parse_study
     from search.study import create_pruner
 
     space = {"box": {"low": 0.02, "high": 0.2}}

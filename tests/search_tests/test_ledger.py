@@ -961,6 +961,8 @@ def test_initialise_upgrades_the_first_schema_and_keeps_its_rows(ledger: Ledger,
             connection.execute(sa.text(f"ALTER TABLE yolosearch_ticket DROP COLUMN {column}"))
         connection.execute(sa.text("DROP TABLE yolosearch_fidelity"))
         connection.execute(sa.text("ALTER TABLE yolosearch_worker DROP COLUMN pack"))
+        connection.execute(sa.text("ALTER TABLE yolosearch_ticket DROP COLUMN objective_values"))
+        connection.execute(sa.text("ALTER TABLE yolosearch_study DROP COLUMN stop_kind"))
         connection.execute(sa.text("UPDATE yolosearch_alembic_version SET version_num = '0001'"))
     with pytest.raises(DatabaseError, match="ledger schema 0001 of an older yolosearch; `yolosearch run`"):
         ledger.check_schema()

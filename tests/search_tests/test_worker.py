@@ -867,7 +867,7 @@ def created(make: Callable[..., TinyStudy]) -> TinyStudy:
 def test_lease_keeper_thread_renews_before_the_lease_ends(created: TinyStudy) -> None:
     ledger = created.ledger
     ticket = ledger.claim(NAME, "here", 1, 60.0)[0]
-    with LeaseKeeper(ledger, "here", 60.0 / 100) as keeper:
+    with LeaseKeeper(ledger, NAME, "here", 60.0 / 100) as keeper:
         keeper.hold([ticket.id])
         deadline = time.monotonic() + 30
         while ledger.ticket(ticket.id).lease_expires == ticket.lease_expires and time.monotonic() < deadline:
@@ -879,7 +879,7 @@ def test_lease_keeper_thread_renews_before_the_lease_ends(created: TinyStudy) ->
 def test_lease_keeper_ticket_taken_over_is_lost_and_a_finished_one_is_not(created: TinyStudy) -> None:
     ledger = created.ledger
     first, second = ledger.claim(NAME, "here", 2, 60.0)
-    keeper = LeaseKeeper(ledger, "here", 60.0)
+    keeper = LeaseKeeper(ledger, NAME, "here", 60.0)
     keeper.hold([first.id, second.id])
     ledger.release_worker("here")
     ledger.claim(NAME, "there", 1, 60.0)
@@ -895,7 +895,7 @@ def test_lease_keeper_ticket_taken_over_is_lost_and_a_finished_one_is_not(create
 def test_lease_keeper_ticket_that_was_lost_and_is_claimed_again_is_not_lost(created: TinyStudy) -> None:
     ledger = created.ledger
     first = ledger.claim(NAME, "here", 1, 60.0)[0]
-    keeper = LeaseKeeper(ledger, "here", 60.0)
+    keeper = LeaseKeeper(ledger, NAME, "here", 60.0)
     keeper.hold([first.id])
     ledger.hand_back([first])
     keeper.renew()
