@@ -20,7 +20,7 @@ def note(data: StudyData, found: Findings, plots: tuple[Plot, ...] = ()) -> str:
         plots: Those that were drawn are named as artifacts.
     """
     lines = [f"## {_escaped(found.verdict)}", "", found.advice, "", *_counts(found), ""]
-    if found.moves:
+    if any(move.share for move in found.moves):
         lines += ["| hyperparameter | base | best |", "|---|---:|---:|"]
         lines += [f"| `{move.key}` | {move.base:.3g} | **{move.best:.3g}** |" for move in found.moves[:MOVES]]
         lines.append("")

@@ -37,13 +37,15 @@ class RenderJob:
     """Details of an evaluation by ticket id, of the trials that get pictures."""
 
 
-def start(job: RenderJob) -> BaseProcess:
-    """Starts to draw; the process ends with code 0 once everything is in the folder."""
+def start(job: RenderJob, priority: int = LOWEST_PRIORITY) -> BaseProcess:
+    """Starts to draw, with that much less priority; the process ends with code 0 once everything is in the folder."""
     process = multiprocessing.get_context("spawn").Process(target=render, args=(job,), name="render", daemon=True)
     process.start()
     assert process.pid is not None
-    with suppress(ProcessLookupError, PermissionError):
-        os.setpriority(os.PRIO_PROCESS, process.pid, LOWEST_PRIORITY)
+    if priority:
+        with suppress(ProcessLookupError, PermissionError):
+            own = os.getpriority(os.PRIO_PROCESS, 0)
+            os.setpriority(os.PRIO_PROCESS, process.pid, min(LOWEST_PRIORITY, own + priority))
     return process
 
 

@@ -352,7 +352,8 @@ def _keep_verdict(data: StudyData) -> str:
         gain = f"the best of {count} gained {best.gain:+.3f} ± {(best.high - best.low) / 2:.3f}"
         return f"{keep}: over {seeds} paired seeds no candidate is shown to be better ({gain})."
     others = len(data.complete) - 1
-    return f"{keep}: none of {others} other complete trials has a higher {data.metric} (they have {_best_value(data)})."
+    whose = "their" if _plural(data) else "its"
+    return f"{keep}: none of {others} other complete trials beats {whose} value of {_best_value(data)} ({data.metric})."
 
 
 def _best_value(data: StudyData) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 import yaml
 
 from search.ledger import KINDS, Ledger, Ticket, WorkerState
-from search.render import NOTE_FILE, STUDY, TRIALS, RenderJob, start
+from search.render import LOWEST_PRIORITY, NOTE_FILE, STUDY, TRIALS, RenderJob, start
 from search.review import StudyData, findings, read_study_data
 from search.space import hyperparameters
 from search.tracking import NOTE_TAG, Tracker, TrackingError
@@ -33,7 +33,7 @@ EVERY_SECONDS = 60.0
 COST_SHARE = 0.02
 """Of the time drawing may take so much."""
 
-FINAL_SECONDS = 45.0
+FINAL_SECONDS = 120.0
 """How long the end of a worker may wait for the last drawing."""
 
 TOP_TRIALS = 3
@@ -95,7 +95,7 @@ class Gallery:
             return
         if self._process is None or self._drawn != ended:
             self.close()
-            self._start()
+            self._start(priority=0)  # no training is left to be disturbed
         deadline = time.monotonic() + FINAL_SECONDS
         while self._process is not None and self._process.is_alive() and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
@@ -120,13 +120,18 @@ class Gallery:
         counts = self._ledger.counts(self._study, KINDS)
         return sum(count for state, count in counts.items() if state.is_final)
 
-    def _start(self) -> None:
+    @property
+    def is_drawing(self) -> bool:
+        """Whether a drawing is under way."""
+        return self._process is not None
+
+    def _start(self, priority: int = LOWEST_PRIORITY) -> None:
         data = read_study_data(self._ledger, self._context.config, self._context.class_names)
         self._folder = Path(tempfile.mkdtemp(prefix="yolosearch-"))
         self._data, self._drawn, self._began = data, self._ended(), time.monotonic()
         pictures = self._details_of(self._shown_trials(data))
         job = RenderJob(data=data, hyp=self._hyp_text(data), folder=self._folder, pictures=pictures)
-        self._process = start(job)
+        self._process = start(job, priority)
 
     def _shown_trials(self, data: StudyData) -> list[Ticket]:
         """The base and the best trials so far."""

@@ -29,7 +29,7 @@ from search.study import tell
 from search.tracking import TrackedState, Tracker
 from search.transforms import hyperparameters
 from search.weights import value_row
-from search.worker.gallery import Gallery
+from search.worker.gallery import FINAL_SECONDS, Gallery
 from search.worker.records import MirrorContext, metric_name, plain_name, table_columns
 from yolocore.errors import CheckpointError
 
@@ -84,6 +84,8 @@ class Mirror:
         """Sends what is left, for at most `timeout` seconds."""
         self._closing.set()
         self._thread.join(timeout)
+        if self._gallery.is_drawing:
+            self._thread.join(FINAL_SECONDS)
         if self._thread.is_alive():
             logger.warning("some records are not in MLflow yet; the next worker of this study sends them")
 

@@ -60,8 +60,7 @@ def metric_name(key: str, class_names: Sequence[str]) -> str:
 
 def table_columns(config: StudyConfig) -> tuple[str, ...]:
     """What the table of runs shows beside their names: how it went, what was found, what was tried."""
-    shown = ("objective", "metrics/mAP50", "metrics/mAP50-95", "metrics/precision", "metrics/recall")
-    return (*shown, *(f"params.{key}" for key in config.space), "tags.yolosearch.state")
+    return ("objective", "metrics/mAP50", *(f"params.{key}" for key in config.space), "tags.yolosearch.state")
 
 
 def plain_name(name: str) -> str:

@@ -46,7 +46,8 @@ def _end(study: TinyStudy, ticket: Ticket, number: int, fate: Fate, uniform: Cal
     epochs = {TicketState.COMPLETE: EPOCHS, TicketState.PRUNED: 2, TicketState.FAIL: 1}[state]
     for epoch in range(epochs):
         now = value * (epoch + 1) / epochs
-        figures = {"fitness": now, "precision": 0.9 - now, "recall": now, "seconds": 4.0, "slots": 2.0}
+        figures = {"fitness": now, "map50": now, "map": now, "precision": 0.9 - now, "recall": now}
+        figures |= {"seconds": 4.0, "slots": 2.0}
         ledger.record_epoch(ticket, epoch, now, {**figures, "class_ap/0": now, "class_ap/1": now / 2}, START + epoch)
     if state is TicketState.FAIL:
         ledger.finish(ticket, state, None, "the loss is not finite (epoch 1, batch 3)", None)

@@ -96,7 +96,7 @@ def test_findings_confirmation_without_winner_keeps_the_defaults(make: Make) -> 
 def test_findings_nothing_beats_the_base_keeps_it(make: Make) -> None:
     found = findings(data_of(make((COMPLETE, 0.4), (COMPLETE, 0.3), base_hyp={"mosaic": 0})))
 
-    assert found.verdict == "Keep the base: none of 1 other complete trials has a higher fitness (they have 0.400)."
+    assert found.verdict == "Keep the base: none of 1 other complete trials beats its value of 0.400 (fitness)."
     assert found.gain == 0
 
 

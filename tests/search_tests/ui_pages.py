@@ -6,6 +6,7 @@ python tests/search_tests/ui_pages.py RUNS_DIR STUDY docs/images
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from search.launch.mlflow_ui import MlflowUi
 from search.tracking import MlflowTracker
@@ -33,6 +36,14 @@ def chromium() -> str | None:
     return next(
         (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
     )
+
+
+def require_browser() -> None:
+    """Skips the test where there is no browser, but not in CI, which names the fixtures."""
+    pytest.importorskip("playwright", reason="needs playwright (the extra dev)")
+    if chromium() is None and not list(Path.home().glob(".cache/ms-playwright/chromium*")):
+        reason = "needs chromium: apt-get install chromium, or playwright install chromium"
+        pytest.fail(reason) if os.environ.get("YOLOSEARCH_FIXTURES") else pytest.skip(reason)
 
 
 @contextmanager
@@ -157,7 +168,14 @@ def take_pictures(runs_dir: Path, study: str, folder: Path) -> None:
         ui.compare(ui.trials[:3])
         _save(ui.page, folder / "mlflow-compare.png")
         ui.artifact("summary", "plots", "01-history.html")
+        # Where the files lie on this machine is nobody's business.
+        ui.page.get_by_text("Path: ").first.evaluate("element => { element.style.visibility = 'hidden'; }")
         _save(ui.page, folder / "mlflow-plot.png")
+        frame = ui.artifact("summary", "", "report.html")
+        page = ui.page.context.browser.new_page(viewport={"width": 1080, "height": 1250})
+        page.set_content(frame.content())
+        page.wait_for_selector("body[data-drawn]")
+        _save(page, folder / "report.png")
 
 
 def _save(page: Any, path: Path) -> None:
