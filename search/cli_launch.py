@@ -277,7 +277,7 @@ def existing_job(study: str, storage: str | None, runs: Path) -> Job:
 
 def _job(name: str, storage_url: str, runs: Path, file: Path | None) -> Job:
     ledger = open_existing(storage_url, name, patience=OUTAGE_SECONDS)
-    ledger.check_schema()
+    ledger.initialise()  # who trains may upgrade an older study; who only reads may not
     config = StudyConfig.from_json(ledger.study(name).config)
     return Job(config=config, storage_url=storage_url, folder=StudyFolder(runs, name), ledger=ledger, file=file)
 

@@ -17,9 +17,16 @@ from fcntl import ioctl
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
+from alembic import command
+from ledger_rows import NAME as ROWS
+from ledger_rows import study_config
 from tiny import NAME, TinyStudy, make_study, wait_for
 
-from search.ledger import TicketState, WorkerState
+from search.cli_launch import existing_job
+from search.database import make_engine
+from search.ledger import TicketState, WorkerState, schema
+from search.ledger.tables import study_table
 from search.worker.host import release_dead_neighbours
 
 SHOW_CURSOR, HIDE_CURSOR = "\x1b[?25h", "\x1b[?25l"
@@ -35,6 +42,20 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def make(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TinyStudy]:
     shared = tmp_path_factory.getbasetemp()
     return lambda **options: make_study(tmp_path / "study", shared, **options)
+
+
+def test_existing_job_study_of_an_older_version_is_upgraded(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / ROWS
+    folder.mkdir(parents=True)
+    row = {"name": ROWS, "config": study_config(1).to_json(), "fingerprint": "f", "versions": {}, "created": 0.0}
+    with make_engine(f"sqlite:///{folder / 'study.db'}").begin() as connection:
+        command.upgrade(schema._config(connection), "0004")
+        connection.execute(sa.insert(study_table).values(**row, token="t"))
+
+    job = existing_job(ROWS, None, tmp_path / "runs")
+
+    job.ledger.check_schema()
+    assert job.ledger.study(ROWS).name == job.config.name == ROWS
 
 
 class Terminal:
