@@ -68,7 +68,7 @@ def run_study(folder: Path, *, tracked: bool, trials: int, epochs: int) -> Costs
     document = {
         "name": "logging",
         "data": "builtin:digits",
-        "train": {"model": "n", "image_size": 96, "epochs": epochs, "pack": 4, "optimizer": "AdamW"},
+        "train": {"model": "n", "image_size": 64, "epochs": epochs, "pack": 4, "optimizer": "AdamW"},
         "base_hyp": {"mosaic": 0},
         "space": {"box": {"low": 0.02, "high": 0.2, "log": True}, "cls": {"low": 0.1, "high": 2.0, "log": True}},
         "sampler": "random",
@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    trials, epochs, repeats = (4, 6, 1) if options.quick else (8, 8, 3)
+    trials, epochs, repeats = (4, 5, 1) if options.quick else (8, 8, 2)
     found: dict[str, list[Costs]] = {"none": [], "mlflow": []}
     for _ in range(repeats):
         for name, costs in found.items():
