@@ -28,10 +28,10 @@ def dashboard(
     """
     from search.dashboard import Dashboard
 
+    signal.signal(signal.SIGTERM, _interrupt)  # first: who reads the address may end us at once
     opened = Study.open(study_name(study), storage=storage, runs_dir=runs_dir)
     server = Dashboard.bind(opened.storage_url, opened.name, host, port)
     print_line(f"optuna-dashboard: {server.address}  (Ctrl-C ends it)")
-    signal.signal(signal.SIGTERM, _interrupt)
     server.serve()
 
 

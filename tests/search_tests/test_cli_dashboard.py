@@ -63,7 +63,6 @@ def test_dashboard_refuses_a_foreign_name_that_leads_here(address: str) -> None:
     assert ask(address, host="localhost:8080")[0] == 200
 
 
-@pytest.mark.slow  # failed once on a busy machine: not understood yet
 def test_dashboard_command_prints_where_it_is_and_a_signal_ends_it(study: TinyStudy) -> None:
     pytest.importorskip("optuna_dashboard", reason="needs the extra dashboard")
     process = study.start("dashboard", env={"PYTHONUNBUFFERED": "1"})
