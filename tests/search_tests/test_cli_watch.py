@@ -198,6 +198,7 @@ class Terminal:
 
 def _own_terminal() -> None:
     """The child leads a session whose terminal is its standard input, so that Ctrl-C reaches it as in a shell."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored, and inherited so, where the tests run in the background
     os.setsid()
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
@@ -213,7 +214,6 @@ def terminal(ledger: Ledger, tmp_path: Path) -> Iterator[Terminal]:
 HIDE, SHOW, ALTERNATE = "\x1b[?25l", "\x1b[?25h", "\x1b[?1049h"
 
 
-@pytest.mark.slow  # failed once on a busy machine: not understood yet
 def test_watch_on_a_terminal_renews_and_ctrl_c_leaves_it_clean(terminal: Terminal, ledger: Ledger) -> None:
     terminal.read_until(lambda text: "0.2000" in text)
     report(ledger, ledger.tickets(NAME)[0], [0.1, 0.2, 0.3333])
