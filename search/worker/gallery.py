@@ -67,6 +67,8 @@ class Gallery:
         self._pictured: set[int] = set()
         """Tickets whose pictures were sent."""
         self._tidied: set[int] = set()
+        self._champion: tuple[str, dict[str, str]] | None = None
+        """Run and tags of the model version that was registered last."""
 
     def poll(self, summary: Callable[[], str]) -> None:
         """Starts a drawing that is due, or sends one that is done. Takes as long as sending takes.
@@ -100,7 +102,6 @@ class Gallery:
         while self._process is not None and self._process.is_alive() and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
         self._send(run_id)
-        self._register()
 
     def close(self) -> None:
         """Ends a drawing that nobody will send."""
@@ -167,6 +168,7 @@ class Gallery:
         assert data is not None
         self._next = time.monotonic() + max(EVERY_SECONDS, (time.monotonic() - self._began) / COST_SHARE)
         try:
+            self._register(data)
             if process.exitcode != 0:
                 why = "takes too long" if process.exitcode is None else f"ended with code {process.exitcode}"
                 logger.warning("the plots of study %s are not in MLflow: drawing %s", self._study, why)
@@ -248,23 +250,26 @@ class Gallery:
             self._tracker.log_artifacts(best.run_id, {CHAMPION_FILE: local})
         return True
 
-    def _register(self) -> None:
+    def _register(self, data: StudyData) -> None:
         """Makes the best trial's weights the champion of the study's registered model."""
-        data = read_study_data(self._ledger, self._context.config, self._context.class_names)
         best = data.best
-        if best is None or best.run_id is None or not self._send_weights(data, best):
+        if best is None or best.run_id is None:
             return
-        found = findings(data)
-        value = "" if best.value is None else f"{best.value:.6g}"
-        tags = {
-            "yolosearch.study": self._study,
-            "yolosearch.trial": str(best.trial_number),
-            "yolosearch.standing": found.standing,
-            "yolosearch.value": value,
-            "yolosearch.objective": self._context.config.objective.describe(),
-        }
+        champion = (best.run_id, self._champion_tags(data, best))
+        if champion == self._champion or not self._send_weights(data, best):
+            return
         try:
-            self._tracker.set_champion(self._study, best.run_id, CHAMPION_FILE, tags)
+            self._tracker.set_champion(self._study, best.run_id, CHAMPION_FILE, champion[1])
+            self._champion = champion
         except TrackingError as error:
             # A store without a registry: everything else is there.
             logger.warning("the best weights are not registered: %s", error)
+
+    def _champion_tags(self, data: StudyData, best: Ticket) -> dict[str, str]:
+        return {
+            "yolosearch.study": self._study,
+            "yolosearch.trial": str(best.trial_number),
+            "yolosearch.standing": findings(data).standing,
+            "yolosearch.value": "" if best.value is None else f"{best.value:.6g}",
+            "yolosearch.objective": self._context.config.objective.describe(),
+        }

@@ -14,7 +14,8 @@ from search.ledger import TicketState
 from search.paths import StudyFolder
 from search.space import distributions
 from search.study import load_study, open_storage
-from search.tracking import open_tracker
+from search.tracking import Tracker, open_tracker
+from search.weights import WeightsStore
 from search.worker import gallery
 from search.worker.mirror import Mirror
 from search.worker.records import MirrorContext
@@ -32,15 +33,22 @@ def mirror_of(study: TinyStudy) -> Mirror:
     for ticket in study.tickets():
         if ticket.trial_number and len(study.optuna_trials()) <= ticket.trial_number:
             _run_in_optuna(study, storage, ticket.params or {})
-    context = MirrorContext(
+    return Mirror(study.ledger, load_study(study.config, storage), tracker_of(study), context_of(study))
+
+
+def context_of(study: TinyStudy, **options: Any) -> MirrorContext:
+    return MirrorContext(
         config=study.config,
         record=study.ledger.study(NAME),
         folder=StudyFolder(study.runs, NAME),
         class_names=CLASSES,
         storage_url=study.storage_url,
+        **options,
     )
-    tracker = open_tracker(enabled=True, uri=None, runs_dir=study.runs)
-    return Mirror(study.ledger, load_study(study.config, storage), tracker, context)
+
+
+def tracker_of(study: TinyStudy) -> Tracker:
+    return open_tracker(enabled=True, uri=None, runs_dir=study.runs)
 
 
 def _run_in_optuna(study: TinyStudy, storage: Any, params: dict[str, float]) -> None:
@@ -114,7 +122,6 @@ def _has_runs(study: TinyStudy) -> bool:
         return False
 
 
-@pytest.mark.slow  # failed once on a busy machine: not understood yet
 def test_run_worker_best_weights_become_the_champion(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     shared = tmp_path_factory.getbasetemp()
     study = make_study(tmp_path / "study", shared, tracked=True, trials=2, **REVIEW)
@@ -136,3 +143,28 @@ def test_run_worker_best_weights_become_the_champion(tmp_path: Path, tmp_path_fa
         assert {"pictures/1-validation.jpg", "pictures/2-precision-recall.png", "pictures/class_ap.csv"} <= names
     assert not list(study.runs.rglob("details.npz"))
     assert json.loads(json.dumps(summary_of(study).data.metrics))["study/trials_complete"] == 2
+
+
+def test_gallery_drawing_of_a_study_just_over_registers_the_champion_too(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    study = make_study(tmp_path / "study", tmp_path_factory.getbasetemp(), tracked=True, trials=1, **REVIEW)
+    study.create()
+    study.work()
+
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{study.runs / 'mlflow.db'}")
+    run_id = summary_of(study).info.run_id
+    # As if the last trial had ended while this worker still polled: the drawing that is due shows all of them.
+    client.delete_registered_model(NAME)
+    client.set_tag(run_id, gallery.REVIEWED_TAG, "0")
+    weights = WeightsStore.open(study.runs, NAME)
+    drawn = gallery.Gallery(study.ledger, tracker_of(study), context_of(study, weights=weights))
+    drawn._next = 0.0
+    while client.get_run(run_id).data.tags[gallery.REVIEWED_TAG] == "0":
+        drawn.poll(lambda: run_id)
+        time.sleep(0.1)
+    drawn.finish(lambda: run_id)
+
+    assert client.get_model_version_by_alias(NAME, "champion").run_id == study.tickets()[0].run_id
