@@ -37,6 +37,7 @@ from search.ledger.rows import (
     read_ticket,
     study_of,
     ticket_of,
+    update_attempt,
     update_held,
     worker_of,
 )
@@ -490,8 +491,12 @@ class Ledger:
             raise TrialTakenError(f"trial id {trial_id} of study {ticket.study!r} belongs to another ticket") from None
 
     def set_run(self, ticket: Ticket, run_id: str) -> Ticket:
-        """Stores the MLflow run of the trial. Raises LeaseLostError."""
-        return self._write(lambda connection: update_held(connection, ticket, run_id=run_id))
+        """Stores the MLflow run of the trial; also when the attempt has ended it, since the mirror may lag behind.
+
+        Raises:
+            LeaseLostError: A later attempt has begun.
+        """
+        return self._write(lambda connection: update_attempt(connection, ticket, run_id=run_id))
 
     def record_epoch(
         self,

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import sqlalchemy as sa
@@ -89,11 +90,12 @@ def worker_of(row: Row[Any]) -> WorkerRow:
 
 def held(ticket: Ticket) -> sa.ColumnElement[bool]:
     """The condition under which the holder of `ticket` may write."""
-    return (
-        (ticket_table.c.id == ticket.id)
-        & (ticket_table.c.attempt == ticket.attempt)
-        & (ticket_table.c.state == TicketState.RUNNING)
-    )
+    return _latest(ticket) & (ticket_table.c.state == TicketState.RUNNING)
+
+
+def _latest(ticket: Ticket) -> sa.ColumnElement[bool]:
+    """Whether no later attempt than this one has begun."""
+    return (ticket_table.c.id == ticket.id) & (ticket_table.c.attempt == ticket.attempt)
 
 
 def lost(ticket: Ticket) -> LeaseLostError:
@@ -105,8 +107,18 @@ def lost(ticket: Ticket) -> LeaseLostError:
 
 def update_held(connection: Connection, ticket: Ticket, **values: Any) -> Ticket:
     """Writes `values` if `ticket` is still held, and returns the new row; else raises LeaseLostError."""
-    result = connection.execute(sa.update(ticket_table).where(held(ticket)).values(**values))
-    if result.rowcount != 1:
+    return _update(connection, ticket, held(ticket), values)
+
+
+def update_attempt(connection: Connection, ticket: Ticket, **values: Any) -> Ticket:
+    """As `update_held`, but the attempt may have ended: for what mirrors find out later than it happened."""
+    return _update(connection, ticket, _latest(ticket), values)
+
+
+def _update(
+    connection: Connection, ticket: Ticket, condition: sa.ColumnElement[bool], values: Mapping[str, Any]
+) -> Ticket:
+    if connection.execute(sa.update(ticket_table).where(condition).values(**values)).rowcount != 1:
         raise lost(ticket)
     return read_ticket(connection, ticket.id)
 

@@ -433,7 +433,6 @@ def test_finish_complete_without_finite_value_raises(ledger: Ledger, value: floa
 
 WRITES: dict[str, Callable[[Ledger, Ticket], object]] = {
     "link_trial": lambda ledger, ticket: ledger.link_trial(ticket, 99, 9, {}),
-    "set_run": lambda ledger, ticket: ledger.set_run(ticket, "stale"),
     "record_epoch": lambda ledger, ticket: ledger.record_epoch(ticket, 7, 0.9, {"map": 1.0}),
     "decide": lambda ledger, ticket: ledger.decide(ticket, 0, True),
     "save_progress": lambda ledger, ticket: ledger.save_progress(ticket, 9, "stale"),
@@ -457,6 +456,18 @@ def test_lost_lease_writes_nothing(ledger: Ledger, write: str, fate: str) -> Non
     with pytest.raises(LeaseLostError, match="trial 0 of study 's': attempt 1 is over, nothing was written"):
         WRITES[write](ledger, stale)
     assert (ledger.tickets("s"), ledger.all_reports("s")) == before
+
+
+def test_set_run_of_a_trial_that_has_ended_is_stored_but_not_after_a_later_attempt(ledger: Ledger) -> None:
+    ended = claim_one(ledger, "v")
+    stale = claim_one(ledger, "w", EXPIRED)
+    assert claim_one(ledger, "u").id == stale.id
+    ledger.finish(ended, TicketState.PRUNED, 0.1, "pruned")
+
+    assert ledger.set_run(ended, "run").run_id == "run"
+    with pytest.raises(LeaseLostError, match="attempt 1 is over, nothing was written"):
+        ledger.set_run(stale, "stale")
+    assert ledger.ticket(stale.id).run_id is None
 
 
 def test_mark_mirrored_only_final_tickets(ledger: Ledger) -> None:
