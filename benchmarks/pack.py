@@ -31,7 +31,8 @@ from yolocore.data.loader import TrainLoader
 from yolocore.device import resolve_device, resolve_precision
 from yolocore.hyperparameters import Hyperparameters
 from yolocore.training.config import TrainConfig
-from yolocore.training.pack import Pack, PackSlot, fresh_state
+from yolocore.training.lanes import Lanes
+from yolocore.training.pack import PackSlot, fresh_state
 from yolocore.training.start import start_weights
 
 BATCH_SIZE = 16
@@ -57,7 +58,7 @@ def make_loader(case: Case) -> TrainLoader:
     return TrainLoader(scan_split(dataset, "train"), Hyperparameters(), case.image_size, BATCH_SIZE, stream_seed=0)
 
 
-def make_pack(case: Case, slots: int) -> Pack:
+def make_pack(case: Case, slots: int) -> Lanes:
     config = TrainConfig(
         model="n",
         data=case.data,
@@ -71,7 +72,7 @@ def make_pack(case: Case, slots: int) -> Pack:
     classes = load_dataset_config(case.data).num_classes
     hyp, device = Hyperparameters(), resolve_device("auto")
     state = fresh_state(start_weights(config, classes).state)
-    return Pack(
+    return Lanes(
         config,
         [PackSlot(str(slot), hyp.replace(box=0.05 + 0.001 * slot), state) for slot in range(slots)],
         num_classes=classes,
@@ -81,7 +82,7 @@ def make_pack(case: Case, slots: int) -> Pack:
     )
 
 
-def epoch_seconds(pack: Pack, loader: TrainLoader, epoch: int) -> float:
+def epoch_seconds(pack: Lanes, loader: TrainLoader, epoch: int) -> float:
     started = time.perf_counter()
     pack.begin_epoch()
     for batch in itertools.islice(loader.epoch(epoch), STEPS):

@@ -1,6 +1,8 @@
 """A stacked model and a validation set give one `DetectionMetrics` per slot, in one pass over the batches."""
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -38,7 +40,6 @@ def evaluate(
     anchor_threshold: float,
     device: torch.device,
     precision: Precision,
-    on_done: Callable[["Evaluation"], None] | None = None,
 ) -> list[DetectionMetrics]:
     """Score every slot of a model on the same batches.
 
@@ -51,32 +52,71 @@ def evaluate(
         anchor_threshold: the hyp key `anchor_t`.
         device: where the model is.
         precision: of the forward pass; decoding, losses and metrics are at least float32.
-        on_done: gets the evaluation, from which `Evaluation.details` tells more than the metrics.
 
     Returns:
         One per slot. A set without images, labels or detections scores zeros.
     """
-    dtype = model.anchors.dtype
-    evaluation = Evaluation(model.num_slots, weights.to(device, dtype), model.anchors, anchor_threshold)
-    entering = input_dtype(device, precision, dtype)
+    evaluator = Evaluator(model, weights, anchor_threshold, device, precision)
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad():
-            for batch in loader:
-                images = images_as_input(batch.images.to(device, non_blocking=True), entering)
-                with autocast(device, precision):
-                    raw = model(images)
-                decoded = decode(raw, model.anchors, model.strides)
-                height, width = images.shape[2:]
-                evaluation.add(raw, decoded, batch.targets, batch.infos, (height, width))
-                if on_done is not None:
-                    evaluation.show(batch)
+        for batch in loader:
+            evaluator.add(batch)
     finally:
         model.train(was_training)
-    if on_done is not None:
-        on_done(evaluation)
-    return evaluation.results()
+    return [slot.metrics for slot in evaluator.results()]
+
+
+@dataclass(frozen=True, slots=True)
+class SlotEvaluation:
+    """What one slot scored."""
+
+    metrics: DetectionMetrics
+    details: Callable[[int], EvaluationDetails]
+    """What pictures are drawn from; takes the epoch, to be noted."""
+
+
+class Evaluator:
+    """Runs the slots of one model over batches and keeps what they found.
+
+    Args:
+        model: K slots, on `device`, in evaluation mode.
+        weights: of the K slots; they weight the validation losses and nothing else.
+        anchor_threshold: the hyp key `anchor_t`.
+        device: where the model is.
+        precision: of the forward pass; decoding, losses and metrics are at least float32.
+    """
+
+    def __init__(
+        self,
+        model: YOLOv5,
+        weights: LossWeights,
+        anchor_threshold: float,
+        device: torch.device,
+        precision: Precision,
+    ) -> None:
+        dtype = model.anchors.dtype
+        self._model = model
+        self._device = device
+        self._precision = precision
+        self._entering = input_dtype(device, precision, dtype)
+        self._evaluation = Evaluation(model.num_slots, weights.to(device, dtype), model.anchors, anchor_threshold)
+
+    @torch.no_grad()
+    def add(self, batch: Batch) -> None:
+        """Take in one batch."""
+        images = images_as_input(batch.images.to(self._device, non_blocking=True), self._entering)
+        with autocast(self._device, self._precision):
+            raw = self._model(images)
+        decoded = decode(raw, self._model.anchors, self._model.strides)
+        height, width = images.shape[2:]
+        self._evaluation.add(raw, decoded, batch.targets, batch.infos, (height, width))
+        self._evaluation.show(batch)
+
+    def results(self) -> list[SlotEvaluation]:
+        """One per slot, of all batches so far."""
+        found = self._evaluation
+        return [SlotEvaluation(metrics, partial(found.details, slot)) for slot, metrics in enumerate(found.results())]
 
 
 class Evaluation:

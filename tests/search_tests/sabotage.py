@@ -59,8 +59,9 @@ def _host_memory(_trainer: PackTrainer, _key: str) -> None:
 
 
 def _not_a_number(trainer: PackTrainer, key: str) -> None:
-    slot = trainer.active.index(key)
-    for tensor in trainer._pack.model.official_tensors().values():
+    (lane,) = (lane for lane in trainer._pack.lanes if key in lane.keys)
+    slot = lane.keys.index(key)
+    for tensor in lane.model.official_tensors().values():
         if tensor.is_floating_point():
             tensor[slot].fill_(math.nan)
 

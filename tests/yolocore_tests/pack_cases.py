@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from yolocore.data.loader import Batch, ImageInfo, pad_targets
 from yolocore.hyperparameters import Hyperparameters
 from yolocore.model import initial_state
 from yolocore.training.config import TrainConfig
@@ -51,6 +52,20 @@ def batches(count: int = BATCHES, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
         rows[:, 4:] = 0.1 + 0.5 * rows[:, 4:]
         out.append((images, padded(rows.numpy())))
     return out
+
+
+def validation_batches() -> list[Batch]:
+    """Two batches of different shape: two images of 64 x 96, one of 64 x 64."""
+    rng = np.random.default_rng(11)
+    batches = []
+    for images, width in ((2, 96), (1, 64)):
+        labels = [rng.uniform(0.2, 0.8, (4, 5)).astype(np.float32) for _ in range(images)]
+        for rows in labels:
+            rows[:, 0] = rng.integers(0, 3, 4)
+        pixels = torch.from_numpy(rng.integers(0, 256, (images, 3, 64, width), dtype=np.uint8))
+        infos = tuple(ImageInfo((128, 2 * width), 0.5, (0.0, 0.0)) for _ in range(images))
+        batches.append(Batch(pixels, pad_targets(labels), infos))
+    return batches
 
 
 def make_slots(hyps: Sequence[Hyperparameters], dtype: torch.dtype = torch.float64) -> list[PackSlot]:

@@ -4,9 +4,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pack_cases import validation_batches
 from torch import Tensor
 
-from yolocore.data.loader import Batch, ImageInfo, pad_targets
+from yolocore.data.loader import ImageInfo
 from yolocore.device import resolve_precision
 from yolocore.evaluate import Evaluation, evaluate
 from yolocore.hyperparameters import Hyperparameters
@@ -134,20 +135,6 @@ def test_evaluation_no_labels_and_no_detections_gives_zeros_and_objectness_loss(
     assert metrics.obj_loss == pytest.approx(golden["no_labels/results_P_R_map50_map_box_obj_cls"][5], abs=1e-6)
 
 
-def sample_batches() -> list[Batch]:
-    """Two batches of different shape: two images of 64 x 96, one of 64 x 64."""
-    rng = np.random.default_rng(11)
-    batches = []
-    for images, width in ((2, 96), (1, 64)):
-        labels = [rng.uniform(0.2, 0.8, (4, 5)).astype(np.float32) for _ in range(images)]
-        for rows in labels:
-            rows[:, 0] = rng.integers(0, 3, 4)
-        pixels = torch.from_numpy(rng.integers(0, 256, (images, 3, 64, width), dtype=np.uint8))
-        infos = tuple(ImageInfo((128, 2 * width), 0.5, (0.0, 0.0)) for _ in range(images))
-        batches.append(Batch(pixels, pad_targets(labels), infos))
-    return batches
-
-
 def sample_states() -> list[dict[str, Tensor]]:
     return [initial_state("n", 3, seed=seed) for seed in (1, 2)]
 
@@ -159,7 +146,7 @@ def sample_weights(*gains: float) -> LossWeights:
 
 
 def test_evaluate_two_slots_equals_each_alone() -> None:
-    states, batches, precision = sample_states(), sample_batches(), resolve_precision("fp32", CPU)
+    states, batches, precision = sample_states(), validation_batches(), resolve_precision("fp32", CPU)
     together = evaluate(YOLOv5.stack("n", 3, states).double(), batches, sample_weights(0.05, 0.2), 4.0, CPU, precision)
     assert [(metrics.images, metrics.labels) for metrics in together] == [(3, 12), (3, 12)]
     assert together[0].box_loss != pytest.approx(together[1].box_loss, rel=0.5)
@@ -171,7 +158,7 @@ def test_evaluate_two_slots_equals_each_alone() -> None:
 
 @pytest.mark.parametrize("channels", [slice(None), slice(0, 4)])  # everything, or the boxes alone
 def test_evaluate_slot_not_finite_fails_alone(channels: slice) -> None:
-    states, batches, precision = sample_states(), sample_batches(), resolve_precision("fp32", CPU)
+    states, batches, precision = sample_states(), validation_batches(), resolve_precision("fp32", CPU)
     model = YOLOv5.stack("n", 3, states)
     healthy, _ = evaluate(model, batches, sample_weights(0.05, 0.05), 4.0, CPU, precision)
     for level in range(3):
@@ -187,7 +174,7 @@ def test_evaluate_slot_not_finite_fails_alone(channels: slice) -> None:
 def test_evaluate_model_keeps_mode_and_statistics(training: bool) -> None:
     model = YOLOv5.stack("n", 3, sample_states()[:1]).train(training)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    evaluate(model, sample_batches(), sample_weights(0.05), 4.0, CPU, resolve_precision("fp32", CPU))
+    evaluate(model, validation_batches(), sample_weights(0.05), 4.0, CPU, resolve_precision("fp32", CPU))
     assert model.training is training
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
@@ -195,7 +182,7 @@ def test_evaluate_model_keeps_mode_and_statistics(training: bool) -> None:
 def test_evaluate_bfloat16_is_close_to_float32() -> None:
     model = YOLOv5.stack("n", 3, sample_states()[:1])
     exact, rounded = (
-        evaluate(model, sample_batches(), sample_weights(0.05), 4.0, CPU, resolve_precision(name, CPU))[0]
+        evaluate(model, validation_batches(), sample_weights(0.05), 4.0, CPU, resolve_precision(name, CPU))[0]
         for name in ("fp32", "bf16")
     )
     losses = [(metrics.box_loss, metrics.obj_loss, metrics.cls_loss) for metrics in (exact, rounded)]

@@ -10,11 +10,11 @@ import torch
 
 from yolocore.data.loader import Batch
 from yolocore.device import resolve_device, resolve_precision
-from yolocore.evaluate import evaluate
 from yolocore.hyperparameters import Hyperparameters
 from yolocore.memory import free_bytes, is_out_of_memory, peak_bytes
 from yolocore.training.config import TrainConfig
-from yolocore.training.pack import Pack, PackSlot, fresh_state
+from yolocore.training.lanes import Lanes
+from yolocore.training.pack import PackSlot, fresh_state
 from yolocore.training.start import start_weights
 from yolocore.training.trainer import TrainingData
 
@@ -125,15 +125,15 @@ def _evaluation_seconds(config: TrainConfig, data: TrainingData, hyperparameters
     precision = resolve_precision(config.precision, device)
     state = fresh_state(start_weights(config, data.num_classes).state)
     found = [PackSlot(str(slot), hyperparameters, state) for slot in range(slots)]
-    pack = Pack(config, found, num_classes=data.num_classes, batches_per_epoch=1, device=device, precision=precision)
+    classes = data.num_classes
+    pack = Lanes(config, found, num_classes=classes, batches_per_epoch=1, device=device, precision=precision)
     count = len(data.validation)
     timed = min(count, BATCHES)
     images = list(itertools.islice(data.validation, timed))
-    model, anchor_t = pack.evaluation_model(), hyperparameters.anchor_t
     try:
-        evaluate(model, images[:1], pack.loss_weights, anchor_t, device, precision)
+        pack.evaluate(images[:1], range(slots))
         started = time.perf_counter()
-        evaluate(model, images, pack.loss_weights, anchor_t, device, precision)
+        pack.evaluate(images, range(slots))
         _wait(device)
         return (time.perf_counter() - started) * count / timed
     finally:
@@ -165,7 +165,7 @@ def _load(data: TrainingData, config: TrainConfig, hyperparameters: Hyperparamet
 def _step_seconds(
     config: TrainConfig, slots: Sequence[PackSlot], batches: Sequence[Batch], num_classes: int, device: torch.device
 ) -> float:
-    pack = Pack(
+    pack = Lanes(
         config,
         slots,
         num_classes=num_classes,

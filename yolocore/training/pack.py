@@ -6,16 +6,18 @@ neighbours are far on. A train step never waits for the device: what the host mu
 epoch, and what went wrong on the device is read at its end.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from yolocore.assign import assign_targets
+from yolocore.data.loader import Batch
 from yolocore.device import Precision, autocast, images_as_input, input_dtype, keep_freed_memory
 from yolocore.errors import TrainingError
+from yolocore.evaluate import Evaluator, SlotEvaluation
 from yolocore.hyperparameters import SHARED_KEYS, Hyperparameters
 from yolocore.loss import DEFAULT_BALANCE, LossComponents, LossWeights, detection_loss, update_balance
 from yolocore.model import STRIDES, YOLOv5
@@ -357,6 +359,27 @@ class Pack:
                 target.copy_(averages[name] if len(rows) == len(self.keys) else averages[name][rows])
         return model
 
+    def evaluator(self, slots: Sequence[int]) -> Evaluator:
+        """Scores the moving averages of some slots, at least one, in this order; of use until the pack trains on."""
+        weights = self.loss_weights if len(slots) == len(self.keys) else self.loss_weights.select(slots)
+        threshold = self.hyperparameters[0].anchor_t
+        return Evaluator(self.evaluation_model(slots), weights, threshold, self.device, self.precision)
+
+    def evaluate(self, batches: Iterable[Batch], slots: Sequence[int]) -> list[SlotEvaluation]:
+        """Score the moving averages of some slots in one pass over the batches.
+
+        Args:
+            batches: With `infos`.
+            slots: Which, at least one.
+
+        Returns:
+            One per slot, in the order asked for.
+        """
+        evaluator = self.evaluator(slots)
+        for batch in batches:
+            evaluator.add(batch)
+        return evaluator.results()
+
     def slot_weights(self, slot: int) -> dict[str, Tensor]:
         """One slot's moving average as an official state dict, in official order."""
         averaged = {**self._not_averaged[slot], **self.ema.slot_weights(slot)}
@@ -383,10 +406,11 @@ class Pack:
 
     def slots(self) -> list[PackSlot]:
         """All slots as they stand, ready for another pack."""
-        return [self._slot(index) for index in range(len(self.keys))]
+        return [self.slot(index) for index in range(len(self.keys))]
 
-    def _slot(self, index: int) -> PackSlot:
-        return PackSlot(self.keys[index], self.hyperparameters[index], self.slot_state(index))
+    def slot(self, slot: int) -> PackSlot:
+        """One slot as it stands, ready for another pack."""
+        return PackSlot(self.keys[slot], self.hyperparameters[slot], self.slot_state(slot))
 
     def drop(self, slots: Sequence[int]) -> None:
         """Take slots out between epochs; the others go on as if nothing had happened.
@@ -415,18 +439,42 @@ class Pack:
             TrainingError: In the middle of an epoch, nobody would be left, or the slots do not go together; the pack
                 is then as it was.
         """
-        if not drop and not add:
-            return
-        gone = set(drop)
-        staying = [index for index in range(len(self.keys)) if index not in gone]
-        hyperparameters = [self.hyperparameters[index] for index in staying]
-        check_compatible(
-            [*(self.keys[index] for index in staying), *(slot.key for slot in add)],
-            [*hyperparameters, *(slot.hyperparameters for slot in add)],
-        )
-        for slot in add:
-            check_state(slot.key, slot.state, self.config)
-        self._assemble([*(self._slot(index) for index in staying), *add])
+        if drop or add:
+            self._assemble(reshaped(self, drop, add))
+
+
+class _Slots(Protocol):
+    """What holds the slots of a pack."""
+
+    @property
+    def config(self) -> TrainConfig: ...
+    @property
+    def keys(self) -> tuple[str, ...]: ...
+    @property
+    def hyperparameters(self) -> tuple[Hyperparameters, ...]: ...
+    def slot(self, slot: int) -> PackSlot: ...
+
+
+def reshaped(pack: _Slots, drop: Sequence[int], add: Sequence[PackSlot]) -> list[PackSlot]:
+    """The slots of a pack after some have left and others have joined behind them.
+
+    Args:
+        pack: between epochs.
+        drop: Indices of slots that leave.
+        add: Slots that join.
+
+    Raises:
+        TrainingError: In the middle of an epoch, nobody would be left, or the slots do not go together.
+    """
+    gone = set(drop)
+    staying = [index for index in range(len(pack.keys)) if index not in gone]
+    check_compatible(
+        [*(pack.keys[index] for index in staying), *(slot.key for slot in add)],
+        [*(pack.hyperparameters[index] for index in staying), *(slot.hyperparameters for slot in add)],
+    )
+    for slot in add:
+        check_state(slot.key, slot.state, pack.config)
+    return [*(pack.slot(index) for index in staying), *add]
 
 
 def check_compatible(keys: Sequence[str], hyperparameters: Sequence[Hyperparameters]) -> None:

@@ -4,7 +4,6 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Self
 
 import numpy as np
@@ -18,13 +17,14 @@ from yolocore.data.sampling import class_weights
 from yolocore.details import EvaluationDetails
 from yolocore.device import resolve_device, resolve_precision
 from yolocore.errors import DatasetError, TrainingError
-from yolocore.evaluate import Evaluation, evaluate
+from yolocore.evaluate import SlotEvaluation
 from yolocore.host import loader_processes
 from yolocore.hyperparameters import Hyperparameters
 from yolocore.metrics import DetectionMetrics
 from yolocore.training.config import TrainConfig
+from yolocore.training.lanes import Lanes
 from yolocore.training.multiscale import batch_sizes
-from yolocore.training.pack import Pack, PackSlot, SlotEpoch, check_compatible, fresh_state
+from yolocore.training.pack import PackSlot, SlotEpoch, check_compatible, fresh_state
 from yolocore.training.start import start_weights
 
 _log = logging.getLogger(__name__)
@@ -212,14 +212,14 @@ class PackTrainer:
             torch.backends.cudnn.benchmark = not config.multi_scale
         self._fresh: dict[str, Any] | None = None
         self._class_map: dict[str, tuple[float, ...]] = {}
-        self._evaluated: tuple[tuple[str, ...], Evaluation | None] = ((), None)
-        self._pack: Pack | None = None
+        self._evaluated: dict[str, SlotEvaluation] = {}
+        self._pack: Lanes | None = None
         self._start(starts)
 
     def _start(self, starts: Sequence[SlotStart]) -> None:
         """Make a pack where there is none; its stream begins anew."""
         self._stream = self.data.stream(self.config, starts[0].hyperparameters)
-        self._pack = Pack(
+        self._pack = Lanes(
             self.config,
             self._slots(starts),
             num_classes=self.data.num_classes,
@@ -306,7 +306,7 @@ class PackTrainer:
             for row in rows
         ]
 
-    def _train(self, pack: Pack) -> list[SlotEpoch]:
+    def _train(self, pack: Lanes) -> list[SlotEpoch]:
         pack.begin_epoch()
         count = len(self._stream)
         sizes = batch_sizes(self.config, self._stream_epoch, count)
@@ -347,21 +347,9 @@ class PackTrainer:
     def _evaluate_on(self, loader: ValLoader, keys: Sequence[str]) -> dict[str, DetectionMetrics]:
         if not keys:
             return {}
-        pack, due = self._existing(), [self._index(key) for key in keys]
-        weights = pack.loss_weights if len(due) == len(pack.keys) else pack.loss_weights.select(due)
-        results = evaluate(
-            pack.evaluation_model(due),
-            self._watched(loader),
-            weights,
-            pack.hyperparameters[0].anchor_t,
-            self.device,
-            self.precision,
-            partial(self._remember, keys),
-        )
-        return dict(zip(keys, results, strict=True))
-
-    def _remember(self, keys: Sequence[str], evaluation: Evaluation) -> None:
-        self._evaluated = (tuple(keys), evaluation)
+        found = self._existing().evaluate(self._watched(loader), [self._index(key) for key in keys])
+        self._evaluated = dict(zip(keys, found, strict=True))
+        return {key: one.metrics for key, one in self._evaluated.items()}
 
     def slot_details(self, key: str, epoch: int) -> EvaluationDetails | None:
         """What pictures of a slot's last evaluation are drawn from; None if the last one was without it.
@@ -370,8 +358,8 @@ class PackTrainer:
             key: of the slot.
             epoch: that was evaluated, to be noted.
         """
-        keys, evaluation = self._evaluated
-        return None if evaluation is None or key not in keys else evaluation.details(keys.index(key), epoch)
+        found = self._evaluated.get(key)
+        return None if found is None else found.details(epoch)
 
     def _is_evaluated(self, done: int) -> bool:
         return done % self.config.eval_every == 0 or done == self.config.epochs
@@ -420,7 +408,7 @@ class PackTrainer:
 
     def slot_state(self, key: str) -> dict[str, Any]:
         """Everything a slot needs to go on elsewhere, on the host: plain data and tensors, fit for `save_atomic`."""
-        state = _on_host(self._existing().slot_state(self._index(key)))
+        state = _on_host(self._existing().slot(self._index(key)).state)
         own = {CLASS_MAP: list(self._class_map[key])} if self.config.image_weights and key in self._class_map else {}
         return {**state, STREAM_EPOCH: self._stream_epoch, **own}
 
@@ -428,7 +416,7 @@ class PackTrainer:
         """A slot's moving average as an official state dict, float32, on the host."""
         return {name: t.cpu() for name, t in self._existing().slot_weights(self._index(key)).items()}
 
-    def _existing(self) -> Pack:
+    def _existing(self) -> Lanes:
         if self._pack is None:
             raise TrainingError("every slot has left the pack")
         return self._pack
