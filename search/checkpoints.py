@@ -24,7 +24,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from search.database import check_study_name, mask_url
-from search.errors import UserInputError
+from search.errors import UserInputError, install_extra
 from search.paths import StudyFolder
 from yolocore.errors import CheckpointError
 
@@ -456,7 +456,7 @@ def open_place(root: str | Path) -> Place:
         filesystem, path = fsspec.url_to_fs(text)
     except ImportError as error:
         extra = EXTRAS.get(protocol)
-        remedy = f"pip install 'yolosearch[{extra}]'" if extra else "install that package"
+        remedy = install_extra(extra) if extra else "install that package"
         raise UserInputError(f"{mask_url(text)}: {_reason(error)}: {remedy}") from None
     except ValueError as error:
         allowed = "a folder, or a URL such as s3://bucket/prefix or gs://bucket/prefix"

@@ -8,7 +8,7 @@ from socketserver import ThreadingMixIn
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from search.errors import UserInputError
+from search.errors import UserInputError, install_extra
 from search.launch.mlflow_ui import choose_port
 from search.study import open_storage
 
@@ -87,10 +87,7 @@ def _import() -> Any:
     try:
         return importlib.import_module("optuna_dashboard")
     except ImportError:
-        raise UserInputError(
-            "optuna-dashboard is not installed; allowed: pip install 'optuna-dashboard>=0.21,<0.22' "
-            "(in a clone: pip install '.[dashboard]')"
-        ) from None
+        raise UserInputError(f"optuna-dashboard is not installed; allowed: {install_extra('dashboard')}") from None
 
 
 class _Server(ThreadingMixIn, WSGIServer):

@@ -23,7 +23,7 @@ from sqlalchemy.engine import URL, Connection, Engine, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, NoSuchModuleError
 from sqlalchemy.pool import NullPool
 
-from search.errors import DatabaseError, ForeignSchemaError, UserInputError
+from search.errors import DatabaseError, ForeignSchemaError, UserInputError, install_extra
 
 STORAGE_URL_VARIABLE = "YOLOSEARCH_STORAGE_URL"
 SQLITE_BUSY_SECONDS = 60.0
@@ -193,7 +193,7 @@ def make_engine(url: str | URL, *, create: bool = True, pooled: bool = True) -> 
     except (ImportError, NoSuchModuleError) as error:
         raise UserInputError(
             f"{mask_url(parsed)} needs a driver that is not installed ({_first_line(error)}): "
-            "pip install 'yolosearch[postgresql]'"
+            f"{install_extra('postgresql')}"
         ) from None
     if path is not None:
         configure_sqlite(engine)

@@ -9,6 +9,11 @@ EXIT_STOPPED = 3
 EXIT_INTERRUPTED = 130
 
 
+def install_extra(extra: str) -> str:
+    """How to get the packages of an extra; the same words in every error. The package is installed from a clone."""
+    return f"pip install '.[{extra}]' in the clone of yolosearch"
+
+
 class SearchError(Exception):
     """Root of the tree. Exit code 1: the run failed."""
 

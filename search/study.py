@@ -47,7 +47,7 @@ from search.database import (
     retry,
     watch_commits,
 )
-from search.errors import DatabaseError, StudyConfigError, UnknownStudyError, UserInputError
+from search.errors import DatabaseError, StudyConfigError, UnknownStudyError, UserInputError, install_extra
 from search.pareto import non_dominated
 from search.settings import (
     AshaPruner,
@@ -137,7 +137,7 @@ def open_worker_storage(url: str) -> BaseStorage:
     if not host or not port.isdigit():
         raise UserInputError(f"{GRPC_VARIABLE}: {address!r}; allowed: HOST:PORT of `python -m search.optuna_proxy`")
     if importlib.util.find_spec("grpc") is None:
-        raise UserInputError(f"{GRPC_VARIABLE} needs packages that are not installed: pip install 'yolosearch[grpc]'")
+        raise UserInputError(f"{GRPC_VARIABLE} needs packages that are not installed: {install_extra('grpc')}")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)

@@ -26,7 +26,15 @@ from typing import Any, Literal, Self, get_args
 
 from search.config import StudyConfig
 from search.database import STORAGE_URL_VARIABLE, mask_url, sqlite_path
-from search.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_STOPPED, DatabaseError, SearchError, UserInputError
+from search.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_INTERRUPTED,
+    EXIT_STOPPED,
+    DatabaseError,
+    SearchError,
+    UserInputError,
+    install_extra,
+)
 from search.launch.launcher import RestartPolicy, WorkerPhase, WorkerView, study_progress
 from search.launch.plan import GPU_VARIABLE, LaunchPlan, Seat
 from search.ledger import SEARCH, Ledger
@@ -596,7 +604,7 @@ def import_ray() -> Any:
         import ray
         import ray.util.scheduling_strategies
     except ImportError as error:
-        raise UserInputError(f"--on ray: ray is not installed ({error}): pip install 'yolosearch[ray]'") from None
+        raise UserInputError(f"--on ray: ray is not installed ({error}): {install_extra('ray')}") from None
     return ray
 
 

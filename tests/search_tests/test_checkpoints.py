@@ -384,7 +384,7 @@ def test_store_unknown_protocol_raises_what_is_allowed() -> None:
 
 def test_store_back_end_not_installed_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gcsfs", None)
-    with pytest.raises(UserInputError, match=r"gs://bucket/prefix: .* gcsfs .*: pip install 'yolosearch\[gcs\]'"):
+    with pytest.raises(UserInputError, match=r"gs://bucket/prefix: .* gcsfs .*: pip install '\.\[gcs\]'"):
         CheckpointStore("gs://bucket/prefix", "s")
 
 

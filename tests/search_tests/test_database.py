@@ -119,7 +119,7 @@ def test_make_engine_missing_driver_names_the_extra() -> None:
         "except UserInputError as error: print(error)\n"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert "pip install 'yolosearch[postgresql]'" in result.stdout
+    assert "pip install '.[postgresql]'" in result.stdout
     assert result.stdout.startswith("postgresql://u:***@h/db ")
     assert len(result.stdout.splitlines()) == 1
 
