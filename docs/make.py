@@ -65,8 +65,8 @@ def _commands(command: Any, name: str) -> Iterator[tuple[str, str]]:
         return
     if name == "yolosearch":
         yield name, text
-    for part, inner in command.commands.items():
-        yield from _commands(inner, f"{name} {part}")
+    for part in command.list_commands(context):
+        yield from _commands(command.commands[part], f"{name} {part}")
 
 
 def _anchor(title: str) -> str:
@@ -90,8 +90,8 @@ server (VS Code's YAML extension has it) a first line does it, which `init` writ
 # yaml-language-server: $schema=study.schema.json
 ```
 
-Relative paths start at the study file's folder. Unknown keys are errors. Once a study exists only `trials` and
-`timeout` may change.
+Relative paths start at the study file's folder. Unknown keys are errors. Once a study exists only `trials`, `timeout`,
+`stop` and `noise.seeds` may change; `trials` never shrinks.
 """
 
 

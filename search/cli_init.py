@@ -13,6 +13,7 @@ from search.cli_common import err, out, print_line
 from search.database import check_study_name
 from search.errors import UserInputError
 from search.schema import SCHEMA_FILE, schema_text
+from yolocore.errors import WEIGHTS_SOURCE
 
 if TYPE_CHECKING:
     from search.starter import Wishes
@@ -76,8 +77,7 @@ def init(
         wishes = _asked(report, wishes, {"model": model is None, "weights": weights is None})
     path = output or Path(f"{wishes.name}.yaml")
     _write(path, report, wishes, with_schema=schema, force=force)
-    for line in (f"study file: {path}", f"next:       yolosearch check {path}", f"            yolosearch run {path}"):
-        print_line(line)
+    _print_next(path, report, wishes)
 
 
 @app.command("schema")
@@ -87,6 +87,28 @@ def schema_command() -> None:
     Example: yolosearch schema > study.schema.json
     """
     sys.stdout.write(schema_text())
+
+
+def _print_next(path: Path, report: DatasetReport, wishes: Wishes) -> None:
+    """What was written, and what comes next."""
+    print_line(f"study file: {path}  (the study is called {wishes.name})")
+    _warn_without_gpu(report, wishes)
+    print_line(f"next:       yolosearch check {path} --measure   (what it will do, and how long it takes here)")
+    print_line(f"            yolosearch run {path}")
+
+
+def _warn_without_gpu(report: DatasetReport, wishes: Wishes) -> None:
+    """Says what a study of a usual size means on a CPU, before anybody waits for it."""
+    from search.starter import draft_study, warn_of_cpu
+    from yolocore.device import resolve_device
+    from yolocore.host import available_cores
+
+    if resolve_device("auto").type != "cpu":
+        return
+    images = next(split.images for split in report.splits if split.split == "train")
+    warning = warn_of_cpu(draft_study(report, wishes), images, available_cores())
+    if warning is not None:
+        print_line(f"warning: {warning}", style="yellow", to=err)
 
 
 def _examined(data: Path) -> DatasetReport:
@@ -122,7 +144,7 @@ def _data_yaml(data: Path) -> Path:
 def _existing(weights: Path | None) -> Path | None:
     if weights is not None and not weights.is_file():
         raise UserInputError(
-            f"--weights: {weights}: no such file (nothing is downloaded); allowed: a .pt or .safetensors file"
+            f"--weights: {weights}: no such file; {WEIGHTS_SOURCE}; allowed: a .pt or .safetensors file"
         )
     return weights
 
@@ -135,6 +157,7 @@ def _asked(report: DatasetReport, wishes: Wishes, is_open: dict[str, bool]) -> W
 
     for line in draft_study(report, wishes).found:
         print_line(line, style="dim")
+    _warn_without_gpu(report, wishes)
     if is_open["model"]:
         wishes = replace(wishes, model=typer.prompt("model size", default=Model.N, type=Model).value)
     if is_open["weights"]:

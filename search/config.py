@@ -67,7 +67,7 @@ from search.settings import (
     on_grid,
     path_or_mapping,
 )
-from yolocore.errors import HyperparameterError
+from yolocore.errors import WEIGHTS_SOURCE, HyperparameterError
 from yolocore.hyperparameters import (
     HYPERPARAMETER_KEYS,
     IGNORED_KEYS,
@@ -689,7 +689,7 @@ def _check_files(config: StudyConfig) -> Iterator[Problem]:
     elif config.builtin_data not in BUILTIN_DATA:
         yield _unknown_builtin(config)
     if config.train.weights is not None and not config.train.weights.is_file():
-        found = f"got {_show(config.train.weights)}, no such file (nothing is downloaded)"
+        found = f"got {_show(config.train.weights)}, no such file; {WEIGHTS_SOURCE}"
         yield Problem(
             "train.weights", found, "an existing .pt or .safetensors file, or no key at all to train from scratch"
         )

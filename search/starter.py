@@ -32,6 +32,17 @@ FEW_CLASSES = 10
 IMBALANCE = 5.0
 MANY_SMALL = 0.5
 MUCH_BACKGROUND = 0.3
+SMALL_IMAGE_SIZE = 160
+SMALL_EPOCHS = 10
+SMALL_TRIALS = 20
+"""What makes a study bearable without a GPU."""
+CORE_IMAGES_PER_SECOND = 43.0
+"""Of `SMALL_IMAGE_SIZE` pixels, that a core trains the smallest model on: docs/performance.md has 0.153 s for a step of
+16 images on two cores, and validation takes about a sixth of an epoch."""
+MODEL_COST = {"n": 1.0, "s": 3.7, "m": 11.0, "l": 24.0, "x": 46.0}
+"""Convolution work for an image, in that of the smallest model."""
+BEARABLE_HOURS = 8.0
+"""One night."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +107,31 @@ def draft_study(report: DatasetReport, wishes: Wishes) -> StudyDraft:
         space=space,
         trials=_wished(wishes.trials) or trials,
         objective=Choice(wishes.objective, _objective_hint(train)),
+    )
+
+
+def warn_of_cpu(draft: StudyDraft, images: int, cores: int) -> str | None:
+    """One line for a study that is too large for a host without a GPU; None for one that takes a night at most.
+
+    Args:
+        draft: The study.
+        images: Of its training split.
+        cores: Of the host. The estimate is rough: `yolosearch check --measure` measures.
+    """
+    size, epochs, trials = draft.image_size.value, draft.epochs.value, draft.trials.value
+    per_second = cores * CORE_IMAGES_PER_SECOND / MODEL_COST[draft.model] * (SMALL_IMAGE_SIZE / size) ** 2
+    hours = trials * epochs * images / per_second / 3600
+    if hours <= BEARABLE_HOURS:
+        return None
+    smaller = [
+        *([f"--image-size {SMALL_IMAGE_SIZE}"] if size > SMALL_IMAGE_SIZE else []),
+        *([f"--epochs {SMALL_EPOCHS}"] if epochs > SMALL_EPOCHS else []),
+        *([f"--weights yolov5{draft.model}.pt"] if draft.weights is None else []),
+    ]
+    remedy = " ".join(smaller) or f"--trials {SMALL_TRIALS}"
+    return (
+        f"no GPU here: {trials} trials of {epochs} epochs at {size} px are roughly {hours:,.0f} hours of training on "
+        f"{cores} cores, less what pruning saves; allowed, but smaller is wiser: {remedy}"
     )
 
 
@@ -205,7 +241,8 @@ def study_text(draft: StudyDraft, folder: Path, *, with_schema: bool = True) -> 
         "# A study of YOLOv5's loss weights, written by `yolosearch init` for this data set:",
         *(f"#   {line}" for line in draft.found),
         "# Values that init chose have their reason beside them; change what you know better. `yolosearch check` says",
-        "# what the study will do, `yolosearch run` does it. Once it exists only `trials` and `timeout` may change.",
+        "# what the study will do, `yolosearch run` does it. Once it exists only `trials`, `timeout`, `stop` and",
+        "# `noise.seeds` may change.",
         "",
         *_aligned([_pair("name", draft.name, "its folder below runs/, and its MLflow experiment")]),
         f"data: {_yaml(_path(draft.data, folder))}",

@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from yolocore.errors import CheckpointError, WeightsError
+from yolocore.errors import WEIGHTS_SOURCE, CheckpointError, WeightsError
 from yolocore.unpickle import read_pickled_weights
 
 _SCALARS = (bool, int, float, str, type(None))
@@ -75,7 +75,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise WeightsError(
-            f"{path}: no such weights file; nothing is downloaded: give the path of a .safetensors file, "
+            f"{path}: no such weights file; {WEIGHTS_SOURCE}; allowed: the path of a .safetensors file, "
             "a state-dict .pt or an official YOLOv5 .pt"
         )
     if path.suffix != ".safetensors":

@@ -1,5 +1,11 @@
 """Every exception that `yolocore` raises on purpose."""
 
+WEIGHTS_SOURCE = (
+    "nothing is downloaded: take it from the official YOLOv5 releases on GitHub "
+    "(https://github.com/ultralytics/yolov5/releases), or the file that your YOLOv5 checkout downloaded"
+)
+"""What an error about a missing weights file says."""
+
 
 class YolocoreError(Exception):
     """Root of the tree."""

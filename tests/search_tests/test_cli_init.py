@@ -43,7 +43,8 @@ def test_init_writes_a_study_that_check_passes(yolosearch: Command, data: Path, 
     code, out, _ = yolosearch("init", data, "-o", file, "--name", "mine", "--epochs", 3)
 
     assert code == 0
-    assert f"yolosearch check {file}" in out
+    assert f"yolosearch check {file} --measure" in out
+    assert "the study is called mine" in out
     assert (file.parent / "study.schema.json").read_text() == schema_text()
     config = load_study_config(file)
     assert (config.name, config.train.epochs, config.train.image_size) == ("mine", 3, 64)
@@ -76,7 +77,7 @@ def test_init_file_that_exists_stays_without_force(yolosearch: Command, data: Pa
     ("options", "message"),
     [
         (("--image-size", 100), "train.image_size: got 100; allowed: a whole number >= 32 and a multiple of 32"),
-        (("--weights", "no.pt"), "--weights: no.pt: no such file (nothing is downloaded); allowed: "),
+        (("--weights", "no.pt"), "--weights: no.pt: no such file; nothing is downloaded: take it from the official "),
         (("--name", "a b"), "'a b'"),
     ],
 )

@@ -17,6 +17,7 @@ from search.starter import (
     search_space,
     study_name_of,
     study_text,
+    warn_of_cpu,
 )
 from yolocore.data.check import BoxSizes, ClassCount, DatasetReport, SplitReport
 
@@ -169,3 +170,24 @@ def test_study_text_the_hint_for_the_rarest_class_is_a_valid_objective(tmp_path:
     hint = yaml.safe_load(line.partition("matters most: ")[2])
 
     assert hint == {"fitness": 0.7, "class_ap:dog: small": 0.3}
+
+
+def test_warn_of_cpu_large_study_names_hours_and_remedy() -> None:
+    warning = warn_of_cpu(draft_study(report(), Wishes(epochs=160, trials=60, image_size=640)), 200, 2)
+
+    assert warning is not None
+    assert "60 trials of 160 epochs at 640 px are roughly 99 hours of training on 2 cores" in warning
+    assert warning.endswith("--image-size 160 --epochs 10 --weights yolov5n.pt")
+
+
+def test_warn_of_cpu_remedy_is_what_is_left_to_make_smaller(tmp_path: Path) -> None:
+    wishes = Wishes(model="x", weights=tmp_path / "yolov5x.pt", epochs=10, trials=60, image_size=160)
+    warning = warn_of_cpu(draft_study(report(), wishes), 20_000, 2)
+
+    assert warning is not None
+    assert warning.endswith("smaller is wiser: --trials 20")
+
+
+@pytest.mark.parametrize(("images", "cores"), [(200, 2), (2000, 32)])
+def test_warn_of_cpu_study_of_a_night_is_none(images: int, cores: int) -> None:
+    assert warn_of_cpu(draft_study(report(), Wishes(epochs=10, trials=60, image_size=160)), images, cores) is None
