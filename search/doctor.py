@@ -8,6 +8,7 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -285,11 +286,15 @@ def _data(ledger: Ledger, config: StudyConfig, around: Surroundings) -> Finding:
 def _checkpoints(root: str) -> Finding:
     """Writes, reads and deletes one where workers would."""
     store = CheckpointStore(root, f"doctor-{secrets.token_hex(4)}")
+    made = [] if not store.is_local else [path for path in Path(str(store)).parents if not path.exists()]
     try:
         reference = store.save(0, 1, 1, {"probe": 1})
         store.load(0, 1, reference)
     finally:
         store.clear()
+        for folder in made:  # the root itself, which the first study makes
+            with suppress(OSError):  # somebody else writes to it by now
+                folder.rmdir()
     return Finding(level="ok", name="checkpoints", detail=f"{mask_url(root)} can be written, read and deleted from")
 
 

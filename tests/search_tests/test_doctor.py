@@ -131,6 +131,18 @@ def test_examine_folder_that_cannot_be_written_fails(tmp_path: Path) -> None:
     assert found["runs folder"].level == found["checkpoints"].level == "fail"
 
 
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_examine_folders_that_do_not_exist_are_not_left_behind(tmp_path: Path, scheme: str) -> None:
+    around = Surroundings(
+        runs_dir=tmp_path / "runs", storage_url=None, study=None, checkpoints=f"{scheme}{tmp_path / 'a' / 'b'}"
+    )
+
+    found = {item.name: item for item in examine(around)}
+
+    assert found["checkpoints"].level == "ok"
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_examine_limits_decide_between_ok_warn_and_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     around = Surroundings(runs_dir=tmp_path, storage_url=None, study=None)
     # No disk is that large: the same free space is too little then.
