@@ -12,10 +12,11 @@ import traceback
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.logging import RichHandler
+from typer.core import TyperGroup
 
 from search import (
     cli_confirm,
@@ -61,8 +62,36 @@ from search.report import StudyRows, epochs_enough, status_view, sum_up, trials_
 from search.tracking import default_tracking_uri, mask_secrets, open_tracker
 from yolocore.errors import InputError, YolocoreError
 
+PANELS = {
+    "Begin": ("init", "data", "check", "doctor", "schema", "import"),
+    "Run": ("run", "launch", "create", "worker", "stop", "resume"),
+    "Look": ("watch", "status", "trials", "report", "ui", "dashboard"),
+    "Decide": ("noise", "confirm", "export"),
+    "Look after": ("list", "clone", "retry", "clean", "delete"),
+}
+"""Every command, under the heading and in the order in which `--help` shows it."""
+
+
+class _Panels(TyperGroup):
+    """Commands under headings. Typer's own panels are drawn by rich only, as boxes, which plain help does without."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        del ctx
+        return [name for names in PANELS.values() for name in names]
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        del ctx
+        width = max(map(len, self.commands))
+        limit = formatter.width - 6 - width
+        for title, names in PANELS.items():
+            rows = [(f"{name:<{width}}", self.commands[name].get_short_help_str(limit)) for name in names]
+            with formatter.section(title):
+                formatter.write_dl(rows)
+
+
 app = typer.Typer(
     name="yolosearch",
+    cls=_Panels,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,

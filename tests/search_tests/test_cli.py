@@ -17,9 +17,10 @@ from optuna.trial import TrialState
 from test_config import BROKEN as BROKEN_STUDIES
 from test_config import GOOD
 from tiny import NAME, TinyStudy, make_study, wait_for
+from typer.main import get_command
 
 from search import cli_confirm, cli_dashboard, cli_doctor, cli_import, cli_init, cli_launch, cli_studies, cli_watch
-from search.cli import app, main
+from search.cli import PANELS, app, main
 from search.ledger import TicketState, WorkerState
 from yolocore.hyperparameters import Hyperparameters
 
@@ -101,6 +102,15 @@ def test_help_names_every_command(yolosearch: Command) -> None:
     names = sorted(info.name or info.callback.__name__ for info in registered if info.callback)
     assert names == sorted(COMMANDS)
     assert all(re.search(rf"^\s+{command}\s", result.out, re.MULTILINE) for command in COMMANDS)
+
+
+def test_help_shows_every_command_once_under_a_heading(yolosearch: Command) -> None:
+    listed = [name for names in PANELS.values() for name in names]
+    result = yolosearch("--help")
+
+    assert sorted(listed) == sorted(get_command(app).commands)  # type: ignore[attr-defined]
+    assert re.findall(r"^(\w[\w ]*):$", result.out, re.MULTILINE) == ["Options", *PANELS]
+    assert re.findall(r"^  ([a-z]+) ", result.out.partition("Begin:")[2], re.MULTILINE) == listed
 
 
 @pytest.mark.parametrize("command", COMMANDS)
