@@ -17,7 +17,7 @@ from typing import Literal
 from search.checkpoints import CheckpointStore
 from search.config import StudyConfig
 from search.database import mask_url
-from search.errors import DatabaseError, SearchError
+from search.errors import DatabaseError, OlderSchemaError, SearchError
 from search.ledger import Ledger
 from search.ledger.facts import DatabaseFacts, database_facts
 from search.tracking import default_tracking_uri, is_server, mask_secrets, probe_store
@@ -80,7 +80,10 @@ def examine(around: Surroundings) -> Iterator[Finding]:
     if around.study is not None and around.storage_url is not None:
         try:
             ledger = open_existing(around.storage_url, around.study, patience=10.0)
+            ledger.check_schema()
             config = StudyConfig.from_json(ledger.study(around.study).config)
+        except OlderSchemaError:
+            yield Finding(level="warn", name="study", detail="not looked at until the schema is this version's")
         except SearchError as error:
             yield _failure("study", error)
         else:
@@ -245,7 +248,7 @@ def _schema(facts: DatabaseFacts) -> Finding:
         )
     if facts.revision != facts.newest_revision:
         detail = f"{facts.revision}, of an older yolosearch; this one has {facts.newest_revision}"
-        remedy = "stop the old workers; the next run or worker of this version upgrades it"
+        remedy = "stop the old workers; the next create, run or worker of this version upgrades it"
         return Finding(level="warn", name="schema", detail=detail, remedy=remedy)
     return Finding(level="ok", name="schema", detail=f"{facts.revision}, this version's")
 

@@ -46,6 +46,10 @@ class ForeignSchemaError(DatabaseError, UserInputError):
     """The schema belongs to another application; nothing was written."""
 
 
+class OlderSchemaError(DatabaseError):
+    """The schema is that of an older version; who trains upgrades it, who only reads does not."""
+
+
 class LeaseLostError(SearchError):
     """Another worker holds the ticket now; nothing was written."""
 

@@ -9,7 +9,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy.engine import Connection, Engine
 
 from search.database import READ_ONLY, database_errors, init_lock, mask_url, refuse_foreign_schema
-from search.errors import DatabaseError
+from search.errors import DatabaseError, OlderSchemaError
 from search.ledger.tables import PREFIX
 
 VERSION_TABLE = f"{PREFIX}alembic_version"
@@ -45,9 +45,9 @@ def check_schema(engine: Engine) -> None:
     if revision is None:
         raise DatabaseError(f"{mask_url(engine.url)} holds no study yet; `yolosearch run` makes one")
     if revision != known_revisions()[0]:
-        raise DatabaseError(
+        raise OlderSchemaError(
             f"{mask_url(engine.url)} has the ledger schema {revision} of an older yolosearch; "
-            "`yolosearch run` or `yolosearch worker` upgrades it"
+            "`yolosearch create`, `run` or `worker` upgrades it"
         )
 
 

@@ -176,10 +176,11 @@ def test_examine_old_schema_warns(make: Callable[..., TinyStudy]) -> None:
     with sa.create_engine(study.storage_url).begin() as connection:
         connection.execute(sa.text("UPDATE yolosearch_alembic_version SET version_num = '0001'"))
 
-    found = findings(study, study=None)["schema"]
+    found = findings(study)
 
-    assert found.level == "warn"
-    assert "0001, of an older yolosearch" in found.detail
+    assert found["schema"].level == found["study"].level == "warn"
+    assert "0001, of an older yolosearch" in found["schema"].detail
+    assert "data" not in found
 
 
 def test_finding_json_has_every_field() -> None:

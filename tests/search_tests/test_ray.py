@@ -72,7 +72,7 @@ def test_launch_without_ray_names_the_extra(make: Callable[..., TinyStudy], monk
     study = make(trials=1)
     monkeypatch.setitem(sys.modules, "ray", None)
 
-    with pytest.raises(UserInputError, match=r"ray is not installed .*: pip install 'yolosearch\[ray\]'"):
+    with pytest.raises(UserInputError, match=r"ray is not installed .*: pip install '\.\[ray\]'"):
         launch_on_ray(plan_of(study), study.ledger)
 
 
