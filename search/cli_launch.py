@@ -47,7 +47,7 @@ from search.database import resolve_storage_url
 from search.errors import EXIT_INTERRUPTED, StudyStoppedError, UserInputError
 from search.launch.launcher import Launcher
 from search.launch.local import LocalLauncher
-from search.launch.plan import LaunchPlan, choose_gpus, choose_workers
+from search.launch.plan import STOP_SECONDS, LaunchPlan, choose_gpus, choose_workers
 from search.ledger import CONFIRM, KINDS, NOISE, SEARCH, Ledger
 from search.paths import StudyFolder
 from search.ranges import OWN_BASE, POWER_KEY
@@ -117,7 +117,9 @@ def run(
     workers: Annotated[int, typer.Option(min=1, help="Worker processes on this machine.")] = 1,
     device: Annotated[list[str] | None, typer.Option(help="Devices dealt out to the workers, e.g. cuda:0.")] = None,
     trials: MoreTrials = None,
+    lease: Lease = DEFAULT_LEASE_SECONDS,
     hang: Hang = HANG_SECONDS,
+    stop_seconds: StopSeconds = STOP_SECONDS,
     storage: Storage = None,
     runs_dir: RunsDir = None,
     as_json: AsJson = False,
@@ -127,7 +129,14 @@ def run(
     Example: yolosearch run studies/quickstart.yaml
     """
     job = create_job(study, trials, storage, runs_folder(runs_dir), quiet=as_json)
-    plan = replace(launch_plan(job), workers=workers, devices=tuple(device or ()), hang_seconds=hang)
+    plan = replace(
+        launch_plan(job),
+        workers=workers,
+        devices=tuple(device or ()),
+        lease_seconds=lease,
+        hang_seconds=hang,
+        stop_seconds=stop_seconds,
+    )
     if job.has_work():
         work(job, LocalLauncher(plan, job.ledger), TrialScreen(), quiet=as_json)
     _print_outcome(job, as_json, every_trial=True)
@@ -156,7 +165,7 @@ def launch(
     lease: Lease = DEFAULT_LEASE_SECONDS,
     checkpoints: Checkpoints = None,
     hang: Hang = HANG_SECONDS,
-    stop_seconds: StopSeconds = 10.0,
+    stop_seconds: StopSeconds = STOP_SECONDS,
     storage: Storage = None,
     runs_dir: RunsDir = None,
     as_json: AsJson = False,
@@ -205,7 +214,7 @@ def worker(
     lease: Lease = DEFAULT_LEASE_SECONDS,
     checkpoints: Checkpoints = None,
     hang: Hang = HANG_SECONDS,
-    stop_seconds: StopSeconds = 10.0,
+    stop_seconds: StopSeconds = STOP_SECONDS,
     stay_down: Annotated[
         bool, typer.Option("--stay-down", help="End with 0, not 2 or 3, where a restart would not help.")
     ] = False,
@@ -329,13 +338,20 @@ def work(job: Job, launcher: Launcher, screen: Screen, *, quiet: bool, kinds: tu
         try:
             look_after(launcher, job.ledger, job.config, None if quiet else screen)
         except KeyboardInterrupt:
+            _ignore_sigterm()
             print_line(STOPPING, to=err)
             raise
     raise_failures(launcher, job.ledger, job.config.name, kinds)
 
 
 def _interrupt(_number: int, _frame: object) -> None:
+    _ignore_sigterm()
     raise KeyboardInterrupt
+
+
+def _ignore_sigterm() -> None:
+    """While trials are handed back only a second Ctrl-C is immediate: service managers repeat themselves."""
+    signal.signal(signal.SIGTERM, lambda _number, _frame: None)
 
 
 def _print_outcome(job: Job, as_json: bool, *, every_trial: bool) -> None:

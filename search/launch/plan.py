@@ -18,6 +18,8 @@ from yolocore.host import WORKERS_VARIABLE, available_cores
 
 GPU_VARIABLE = "CUDA_VISIBLE_DEVICES"
 THREADS_VARIABLE = "OMP_NUM_THREADS"
+STOP_SECONDS = 10.0
+"""How long a worker may take to end when it is asked to."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +64,7 @@ class LaunchPlan:
     devices: Sequence[str] = ()
     gpus: Sequence[str] = ()
     per_gpu: int = 1
-    stop_seconds: float = 10.0
+    stop_seconds: float = STOP_SECONDS
     timeout: float | None = None
     hang_seconds: float = HANG_SECONDS
     lease_seconds: float = DEFAULT_LEASE_SECONDS

@@ -15,7 +15,10 @@ class StopRequested(Exception):  # noqa: N818 - not an error: somebody asked the
 
 
 class StopFlag:
-    """Set by SIGTERM, SIGINT, or when the launcher that started this worker is gone. A second Ctrl-C is immediate.
+    """Set by SIGTERM, SIGINT, or when the launcher that started this worker is gone.
+
+    A second Ctrl-C is immediate. Further SIGTERMs change nothing: a service manager that ends a whole control group
+    sends one, and the launcher in that group another one, and what is being handed back is to be handed back.
 
     Args:
         parent: Process id of the launcher.
@@ -25,6 +28,8 @@ class StopFlag:
 
     def __init__(self, parent: int | None = None, seconds: float | None = None) -> None:
         self._event = threading.Event()
+        self._interrupted = False
+        """Whether a SIGINT was among the signals."""
         self._parent = parent
         self._seconds = seconds
         self._timer: threading.Timer | None = None
@@ -42,10 +47,16 @@ class StopFlag:
                 self._timer.cancel()
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        if self._event.is_set():
-            os._exit(128 + number)
+        if number == signal.SIGINT:
+            if self._interrupted:
+                os._exit(128 + number)
+            self._interrupted = True
+        self._set(number)
+
+    def _set(self, number: int) -> None:
+        """Asks for the end, which comes with the exit code of signal `number` where it has to be forced."""
         self._event.set()
-        if self._seconds is not None:
+        if self._seconds is not None and self._timer is None:
             self._timer = threading.Timer(self._seconds, os._exit, [128 + number])
             self._timer.daemon = True
             self._timer.start()
@@ -53,8 +64,8 @@ class StopFlag:
     @property
     def is_set(self) -> bool:
         """Whether the worker should end."""
-        if self._parent is not None and os.getppid() != self._parent:
-            self._event.set()
+        if not self._event.is_set() and self._parent is not None and os.getppid() != self._parent:
+            self._set(signal.SIGTERM)
         return self._event.is_set()
 
     def wait(self, seconds: float) -> None:
