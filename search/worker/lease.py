@@ -10,6 +10,7 @@ from types import TracebackType
 
 from search.errors import SearchError
 from search.ledger import Ledger, StopKind
+from search.worker.existing import HANG_SECONDS, OUTAGE_SECONDS
 
 logger = logging.getLogger(__name__)
 
@@ -26,14 +27,32 @@ class LeaseKeeper:
     """A thread that renews leases several times per lease and survives outages of the database.
 
     A ticket that another worker took over in the meantime shows up in `lost`; its trial must not go on here.
+
+    Args:
+        ledger: Of the study.
+        study: Its name.
+        worker_id: Of the worker whose tickets these are.
+        lease_seconds: From each renewal on.
+        silence_seconds: A worker that has not called `note_alive` for so long is stuck; its leases run out, so that
+            others go on with its trials. Longer than the outage of a database that is waited for in one call.
     """
 
-    def __init__(self, ledger: Ledger, study: str, worker_id: str, lease_seconds: float) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        study: str,
+        worker_id: str,
+        lease_seconds: float,
+        silence_seconds: float = HANG_SECONDS + OUTAGE_SECONDS,
+    ) -> None:
         self._ledger = ledger
         self._study = study
         self._recalled = False
         self._worker_id = worker_id
         self._lease_seconds = lease_seconds
+        self._silence_seconds = silence_seconds
+        self._alive_at = time.monotonic()
+        self._is_stuck = False
         self._held: set[int] = set()
         self._lost: set[int] = set()
         self._lock = threading.Lock()
@@ -66,6 +85,10 @@ class LeaseKeeper:
     def recalled(self) -> bool:
         """Whether the study was stopped by somebody who wants its trials handed back."""
         return self._recalled
+
+    def note_alive(self) -> None:
+        """Says that the worker moves; to be called by what would be stuck, not by another thread."""
+        self._alive_at = time.monotonic()
 
     def ask(self) -> None:
         """Looks once whether the trials are wanted back; normally called by the thread."""
@@ -106,10 +129,19 @@ class LeaseKeeper:
             try:
                 self.ask()
                 if time.monotonic() >= due:
-                    self.renew()
+                    if not self._stuck():
+                        self.renew()
                     due = time.monotonic() + every
             except SearchError as error:
                 logger.warning("leases could not be renewed, trying again: %s", error)
             except Exception:
                 # The thread must outlive anything the database does; training goes on meanwhile.
                 logger.exception("leases could not be renewed, trying again")
+
+    def _stuck(self) -> bool:
+        """Whether the worker has been silent for too long; told once."""
+        silent = time.monotonic() - self._alive_at
+        was_stuck, self._is_stuck = self._is_stuck, silent > self._silence_seconds
+        if self._is_stuck and not was_stuck:
+            logger.error("this worker has not moved for %.0f s: its leases run out, and others take its trials", silent)
+        return self._is_stuck

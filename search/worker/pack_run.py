@@ -183,6 +183,8 @@ class PackRun:
                     self._mirror.notify(ticket.id)
 
     def _unless_lost(self, ticket: Ticket, act: Callable[[], object]) -> None:
+        # Each may wait for the database for long.
+        self._leases.note_alive()
         try:
             act()
         except LeaseLostError:

@@ -72,6 +72,8 @@ class TrainerSettings:
     """Tells this study's checkpoints from those of an earlier one of the same name."""
     objective: ObjectiveConfig
     class_names: tuple[str, ...]
+    pulse_seconds: float
+    """How long one call that cannot say so itself (reading the data, a checkpoint) is taken for alive."""
     fidelity: TrainConfig | None = None
     """How the cheap training goes that comes before the full one, if the study has one."""
     keep_weights: bool = True
@@ -372,11 +374,15 @@ class _Trainer:
 
     @contextmanager
     def _pulse(self) -> Iterator[None]:
-        """Says that it is alive while one long call runs that cannot say so itself; nothing else may be sent inside."""
+        """Says that it is alive while one long call runs that cannot say so itself; nothing else may be sent inside.
+
+        Not for ever: whether such a call moves is not known, and a store of checkpoints may never answer.
+        """
         over = threading.Event()
 
         def beat() -> None:
-            while not over.wait(ALIVE_SECONDS):
+            deadline = time.monotonic() + self._settings.pulse_seconds
+            while not over.wait(ALIVE_SECONDS) and time.monotonic() < deadline:
                 with suppress(OSError, EOFError):
                     self._tell_alive()
 

@@ -16,6 +16,7 @@ from search.stopping import StoppingRules
 from search.study import orphans, tell
 from search.worker.capacity import is_measured, largest_useful, measured_limit
 from search.worker.context import WorkerContext
+from search.worker.existing import OUTAGE_SECONDS
 from search.worker.fidelity_run import FidelityRun
 from search.worker.host import release_dead_neighbours
 from search.worker.lease import LeaseKeeper
@@ -43,7 +44,13 @@ class Worker:
         """Trials that a pack may have; 0 as long as it is not measured."""
         self._tried = 0
         """The largest pack that was thought useful when packs were measured."""
-        self._leases = LeaseKeeper(context.ledger, context.config.name, context.worker_id, context.lease_seconds)
+        self._leases = LeaseKeeper(
+            context.ledger,
+            context.config.name,
+            context.worker_id,
+            context.lease_seconds,
+            context.hang_seconds + OUTAGE_SECONDS,
+        )
         self._rules = StoppingRules(context.config, context.ledger, context.study)
         self._supply = Supply(context, mirror, self._leases, self._is_over, self._check_stop)
         settings = context.trainer_settings()
@@ -72,6 +79,7 @@ class Worker:
 
     def _work(self) -> None:
         while not (self._stop.is_set or self._is_recalled):
+            self._leases.note_alive()
             self._check_failures()
             release_dead_neighbours(self._ledger, self._config.name)
             if not self._run_pack():
@@ -234,5 +242,6 @@ class Worker:
         ]
 
     def _check_stop(self) -> None:
+        self._leases.note_alive()
         if self._stop.is_set or self._is_recalled:
             raise StopRequested

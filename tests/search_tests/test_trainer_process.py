@@ -30,6 +30,7 @@ def settings(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Traine
         owner="",
         objective=ObjectiveConfig(),
         class_names=("digit 0", "digit 4"),
+        pulse_seconds=60.0,
         keep_weights=False,
     )
 
