@@ -453,6 +453,10 @@ class NoiseConfig(Section):
     """Seeds on which the base is trained, beside the budget of `trials`."""
 
 
+_PATH_PART = r"[^/\\\x00-\x1f]*[^./\\\x00-\x1f][^/\\\x00-\x1f]*"
+"""Of an experiment's name, which also names a folder."""
+
+
 class TrackingConfig(Section):
     """Where MLflow records."""
 
@@ -460,7 +464,16 @@ class TrackingConfig(Section):
     """Whether to record at all."""
     uri: str | None = None
     """Tracking server or store; by default MLFLOW_TRACKING_URI, else a file beside the studies."""
-    experiment: str | None = None
+    experiment: Annotated[
+        str | None,
+        Field(
+            max_length=250,
+            pattern=rf"^/?{_PATH_PART}(/{_PATH_PART})*$",
+            json_schema_extra=allowed_text(
+                "1 to 250 characters, with '/' between parts that are neither empty nor all dots; no '\\'"
+            ),
+        ),
+    ] = None
     """Experiment's name; by default the study's."""
     review: StrictBool = True
     """Draw plots, the report and pictures of the best trials into MLflow, by a process of low priority."""

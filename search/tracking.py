@@ -13,11 +13,13 @@ MLflow takes seconds to import, so that happens at the first call and not with t
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import math
 import os
 import random
+import re
 import shutil
 import tempfile
 import threading
@@ -82,6 +84,8 @@ tracebacks) is silent. Its 7 retries with growing pauses are minutes; our caller
 
 _URI_SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "file", "databricks")
 _ALLOWED_URIS = "http(s)://HOST:PORT, sqlite:///PATH, postgresql://USER@HOST/DATABASE or another store of MLflow"
+
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9 ._-]{0,127}")
 
 T = TypeVar("T")
 Metrics = Mapping[str, float]
@@ -597,7 +601,7 @@ class MlflowTracker:
         return found
 
     def _create_experiment(self, name: str) -> Any:
-        location = None if is_server(self._uri) else (self._artifact_root / name).as_uri()
+        location = None if is_server(self._uri) else (self._artifact_root / _folder_name(name)).as_uri()
         # The kind spares the user a question in the UI, which then shows the table of runs and no traces.
         tags = {"mlflow.experimentKind": "custom_model_development"}
         action = f"create experiment {name!r}"
@@ -793,6 +797,15 @@ def _table_view(columns: Sequence[str]) -> dict[str, Any]:
         "selectedColumns": list(columns),
         "runsHiddenMode": "SHOWALL",
     }
+
+
+def _folder_name(experiment: str) -> str:
+    """One folder's name for an experiment, whatever its name holds: its artifacts stay below their root."""
+    if _PLAIN_NAME.fullmatch(experiment):
+        return experiment
+    # The digest keeps apart what is equal once its letters are replaced.
+    digest = hashlib.sha256(experiment.encode()).hexdigest()[:8]
+    return f"{re.sub(r'[^A-Za-z0-9_-]+', '_', experiment)[:100]}-{digest}"
 
 
 def _staged(folder: Path, name: str, content: Path | str) -> Path:

@@ -166,6 +166,8 @@ BROKEN = [
     ("trials: 12", "trials: 12\nbase_hyp: bad.yaml", 9, "base_hyp", "box is 'much'", "a number from 1e-06 to 1000"),
     ("trials: 12", "trials: 12\nbase_hyp: {obj: 2000}", 9, "base_hyp.obj", "got 2000", "a number from 1e-06 to 1000"),
     ("trials: 12", "trials: 12\nbase_hyp: {bx: 1}", 9, "base_hyp.bx", "did you mean box?", "lr0, lrf"),
+    ("trials: 12", "trials: 12\ntracking: {experiment: ../../evil}", 9, "tracking.experiment", "evil", "between parts"),
+    ("trials: 12", "trials: 12\ntracking: {experiment: a/../b}", 9, "tracking.experiment", "a/../b", "between parts"),
     ("trials: 12", "trials: 12\n7: 8", 9, "7", "YAML reads this key as int", "text"),
 ]
 
@@ -185,6 +187,21 @@ def test_load_study_config_one_mistake_gives_one_line_with_file_key_value_and_al
     before, _, after = message.partition("; allowed: ")
     assert found in before
     assert allowed in after
+
+
+@pytest.mark.parametrize("name", ["loss-weights", "Blutkörperchen 2", "/Users/ann@lab/cells", "a..b/.c", "x" * 250])
+def test_load_study_config_experiment_of_any_harmless_name_is_taken(folder: Path, name: str) -> None:
+    config = load(folder, GOOD + f"\ntracking: {{experiment: '{name}'}}\n")
+
+    assert config.tracking.experiment == name
+
+
+@pytest.mark.parametrize("name", ["", "..", "a//b", "a/", "..\\\\evil", "a\\nb", "x" * 251])
+def test_load_study_config_experiment_that_is_no_folders_name_is_refused(folder: Path, name: str) -> None:
+    with pytest.raises(StudyConfigError, match="between parts that are neither empty nor all dots") as caught:
+        load(folder, GOOD + f'\ntracking: {{experiment: "{name}"}}\n')
+
+    assert len(str(caught.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize(

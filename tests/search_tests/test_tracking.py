@@ -323,6 +323,20 @@ class TestMlflowTrackerOnFile(RecordingConformance):
         root = tmp_path_factory.getbasetemp() / "mlartifacts"
         assert (root / study / run / "artifacts" / "hyp.yaml").read_text() == "box: 0.05\n"
 
+    def test_artifacts_of_experiments_of_any_name_lie_in_a_folder_each(
+        self, uri: str, study: str, tmp_path: Path
+    ) -> None:
+        root = tmp_path / "runs" / "mlartifacts"
+        names = ["../../evil", f"{tmp_path}/evil", "..", "a/b", "a_b", "a b", "a:b"]
+        for name in names:
+            tracker = MlflowTracker(uri, root, experiment=name)
+            run = tracker.ensure_trial_run(study, "1", "trial", HYP, {})
+            tracker.log_artifacts(run, {"hyp.yaml": "box: 0.05\n"})
+
+        found = [path.relative_to(root).parts for path in tmp_path.rglob("hyp.yaml")]
+        assert {parts[2:] for parts in found} == {("artifacts", "hyp.yaml")}
+        assert len({parts[0] for parts in found}) == len(found) == len(names)
+
     def test_a_file_has_no_ui_of_its_own(self, tracker: Tracker, study: str) -> None:
         assert tracker.experiment_url(study) is None
 
