@@ -46,14 +46,63 @@ logger = logging.getLogger(__name__)
 Placement = Literal["spread", "pack"]
 
 FORWARDED_VARIABLES = (
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT",
+    "MLFLOW_TRACKING_AUTH",
+    "MLFLOW_TRACKING_AWS_SIGV4",
+    "MLFLOW_TRACKING_INSECURE_TLS",
     "MLFLOW_TRACKING_PASSWORD",
     "MLFLOW_TRACKING_TOKEN",
     "MLFLOW_TRACKING_URI",
     "MLFLOW_TRACKING_USERNAME",
+    "PGAPPNAME",
+    "PGCHANNELBINDING",
+    "PGCLIENTENCODING",
+    "PGCONNECT_TIMEOUT",
+    "PGDATABASE",
+    "PGGSSDELEGATION",
+    "PGGSSENCMODE",
+    "PGGSSLIB",
+    "PGHOST",
+    "PGHOSTADDR",
+    "PGKRBSRVNAME",
+    "PGLOADBALANCEHOSTS",
+    "PGMAXPROTOCOLVERSION",
+    "PGMINPROTOCOLVERSION",
+    "PGOPTIONS",
     "PGPASSWORD",
+    "PGPORT",
+    "PGREQUIREAUTH",
+    "PGREQUIREPEER",
+    "PGSERVICE",
+    "PGSSLCERTMODE",
+    "PGSSLCOMPRESSION",
+    "PGSSLMAXPROTOCOLVERSION",
+    "PGSSLMINPROTOCOLVERSION",
+    "PGSSLMODE",
+    "PGSSLNEGOTIATION",
+    "PGSSLSNI",
+    "PGTARGETSESSIONATTRS",
+    "PGUSER",
     "YOLOSEARCH_CHECKPOINTS",
+    "YOLOSEARCH_OPTUNA_GRPC",
 )
-"""What a worker needs of the launcher's environment. All else, such as keys of an object store, is the node's own."""
+"""What a worker needs of the launcher's environment: all that a database's URL may leave to libpq's variables, and
+MLflow's of the connection. All else, such as keys of an object store, is the node's own."""
+FORWARDED_FILES = (
+    "MLFLOW_TRACKING_CLIENT_CERT_PATH",
+    "MLFLOW_TRACKING_SERVER_CERT_PATH",
+    "PGPASSFILE",
+    "PGSERVICEFILE",
+    "PGSSLCERT",
+    "PGSSLCRL",
+    "PGSSLCRLDIR",
+    "PGSSLKEY",
+    "PGSSLROOTCERT",
+    "PGSYSCONFDIR",
+)
+"""Files of it, for a node that does not say in its own environment where they lie there."""
 
 CONNECT_SECONDS = 10.0
 KILL_GRACE_SECONDS = 2.0
@@ -218,11 +267,22 @@ class WorkerActor:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **task.environment},
+                env=environment_on_node(task.environment, os.environ),
                 # Its own session: what Ray does to the actor's process group is not the worker's end.
                 start_new_session=True,
             )
             return self._process
+
+
+def forwarded(environment: Mapping[str, str]) -> dict[str, str]:
+    """What of the launcher's environment goes to the nodes."""
+    names = (*FORWARDED_VARIABLES, *FORWARDED_FILES)
+    return {name: value for name in names if (value := environment.get(name))}
+
+
+def environment_on_node(sent: Mapping[str, str], own: Mapping[str, str]) -> dict[str, str]:
+    """A worker's environment: the node's own, and over it what the launcher sent, but for places of files."""
+    return {**own, **{name: value for name, value in sent.items() if not (name in FORWARDED_FILES and own.get(name))}}
 
 
 def _node_folder(folder: StudyFolder) -> StudyFolder:
@@ -389,7 +449,7 @@ class RayLauncher:
 
     def _task(self, place: _Place) -> WorkerTask:
         plan, timeout = self._plan, self._plan.timeout
-        environment = {name: value for name in FORWARDED_VARIABLES if (value := os.environ.get(name))}
+        environment = forwarded(os.environ)
         environment[STORAGE_URL_VARIABLE] = plan.storage_url
         if place.spot is not None:
             # At most: a trainer takes no more than its part of the host's memory and cores.

@@ -21,7 +21,15 @@ from typer.testing import CliRunner
 from search.cli import app
 from search.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, UserInputError
 from search.launch.plan import LaunchPlan, Seat
-from search.launch.ray import RayLauncher, RayShare, WorkerActor, WorkerTask, launch_on_ray
+from search.launch.ray import (
+    RayLauncher,
+    RayShare,
+    WorkerActor,
+    WorkerTask,
+    environment_on_node,
+    forwarded,
+    launch_on_ray,
+)
 from search.ledger import TicketState
 from search.paths import StudyFolder
 
@@ -106,6 +114,34 @@ def test_task_shows_no_secret(make: Callable[..., TinyStudy]) -> None:
     task = task_of(study)
     assert "secret" not in repr(task)
     assert study.storage_url not in repr(task)
+
+
+def test_everything_that_a_connection_needs_is_forwarded() -> None:
+    pq = pytest.importorskip("psycopg").pq
+    libpq = {option.envvar.decode() for option in pq.Conninfo.get_defaults() if option.envvar}
+    # What docs/deploy.md and docs/scaling.md tell users to set.
+    own = {
+        "MLFLOW_TRACKING_URI",
+        "MLFLOW_TRACKING_SERVER_CERT_PATH",
+        "YOLOSEARCH_CHECKPOINTS",
+        "YOLOSEARCH_OPTUNA_GRPC",
+    }
+    here = dict.fromkeys(libpq | own, "x")
+
+    assert forwarded({**here, "HOME": "/root", "AWS_SECRET_ACCESS_KEY": "k", "YOLOSEARCH_DATA_ROOT": "/data"}) == here
+
+
+def test_node_keeps_its_own_places_of_files_and_nothing_else() -> None:
+    sent = {"PGSSLMODE": "verify-full", "PGSSLROOTCERT": "/launcher/root.pem", "PGPASSFILE": "/launcher/pgpass"}
+
+    worker = environment_on_node(sent, {"PGSSLMODE": "prefer", "PGSSLROOTCERT": "/node/root.pem", "HOME": "/root"})
+
+    assert worker == {
+        "HOME": "/root",
+        "PGSSLMODE": "verify-full",
+        "PGSSLROOTCERT": "/node/root.pem",
+        "PGPASSFILE": "/launcher/pgpass",
+    }
 
 
 def test_actor_on_another_host_refuses_a_database_file(make: Callable[..., TinyStudy], tmp_path: Path) -> None:
