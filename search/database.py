@@ -37,8 +37,12 @@ READ_ONLY = {"yolosearch_begin": "DEFERRED"}
 
 _STUDY_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 _URL_PASSWORD = re.compile(r"(\w://[^:/@\s]*:)[^\s]*(@)")
-_SECRET_KEYS = "password|sslpassword|token|access_token|secret|api_key"
+_SECRET_KEYS = (
+    "password|sslpassword|token|access_token|secret|api_key|accountkey|account_key|sharedaccesssignature|sas_token"
+)
 _KEY_PASSWORD = re.compile(rf"\b({_SECRET_KEYS})=('[^']*'|[^\s&'\"]+)", re.IGNORECASE)
+_SIGNATURE = re.compile(r"([?&]sig=)[^\s&'\"]+", re.IGNORECASE)
+"""Of a URL that gives access to a blob."""
 _ALLOWED_URLS = "sqlite:///PATH or postgresql://USER@HOST/DATABASE"
 
 T = TypeVar("T")
@@ -99,7 +103,7 @@ def mask_url(url: str | URL) -> str:
         # An "@" inside the password ends up in the host when parsed, so the pattern looks at what is left too.
         if parsed.password is not None:
             text = _URL_PASSWORD.sub(r"\1***\2", parsed.render_as_string(hide_password=True))
-    return _KEY_PASSWORD.sub(r"\1=***", text)
+    return _SIGNATURE.sub(r"\1***", _KEY_PASSWORD.sub(r"\1=***", text))
 
 
 def _is_running_text(text: str) -> bool:

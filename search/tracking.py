@@ -40,9 +40,22 @@ TRACKING_URI_VARIABLE = "MLFLOW_TRACKING_URI"
 SECRET_VARIABLES = (
     "AWS_SECRET_ACCESS_KEY",
     "AWS_SESSION_TOKEN",
+    "AZURE_CLIENT_SECRET",
+    "AZURE_STORAGE_ACCESS_KEY",
+    "AZURE_STORAGE_ACCOUNT_KEY",
+    "AZURE_STORAGE_CLIENT_SECRET",
+    "AZURE_STORAGE_CONNECTION_STRING",
+    "AZURE_STORAGE_KEY",
+    "AZURE_STORAGE_SAS_TOKEN",
+    "DATABRICKS_TOKEN",
+    "MLFLOW_DB_PASSWORD",
+    "MLFLOW_FLASK_SERVER_SECRET_KEY",
     "MLFLOW_TRACKING_PASSWORD",
     "MLFLOW_TRACKING_TOKEN",
     "PGPASSWORD",
+    "POSTGRES_PASSWORD",
+    "RAY_AUTH_TOKEN",
+    "STUDIES_DB_PASSWORD",
 )
 STUDY_TAG = "yolosearch.study"
 TICKET_TAG = "yolosearch.ticket"
@@ -302,7 +315,7 @@ def is_server(uri: str) -> bool:
 
 
 def mask_secrets(text: str) -> str:
-    """`text` with the passwords of URLs and those from MLflow's environment variables replaced by `***`."""
+    """`text` with the passwords of URLs and the secrets of the environment replaced by `***`."""
     for variable in SECRET_VARIABLES:
         if secret := os.environ.get(variable):
             text = text.replace(secret, "***")

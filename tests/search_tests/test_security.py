@@ -201,6 +201,14 @@ def test_mlflow_wrong_login_training_goes_on_and_the_next_worker_completes_the_r
     [
         ("https://store.example/x?token=abc123&v=1", "https://store.example/x?token=***&v=1"),
         ("s3 says api_key=abc123 is bad", "s3 says api_key=*** is bad"),
+        (
+            "DefaultEndpointsProtocol=https;AccountName=me;AccountKey=aBc+/123==",
+            "DefaultEndpointsProtocol=https;AccountName=me;AccountKey=***",
+        ),
+        ("a connection of AccountKey=aBc+/12==;EndpointSuffix=x failed", "a connection of AccountKey=*** failed"),
+        ("SharedAccessSignature=sv=2024&sig=aBc%2F failed", "SharedAccessSignature=***&sig=*** failed"),
+        ("https://me.blob.example/c/f?sv=2024&sig=aBc%2F&se=5", "https://me.blob.example/c/f?sv=2024&sig=***&se=5"),
+        ("abfs says account_key=abc123 is bad", "abfs says account_key=*** is bad"),
         ("a token is a word, and so is password", "a token is a word, and so is password"),
     ],
 )
@@ -208,7 +216,19 @@ def test_mask_url_tokens_are_hidden_and_words_are_not(text: str, shown: str) -> 
     assert mask_url(text) == shown
 
 
-@pytest.mark.parametrize("name", ["PGPASSWORD", "MLFLOW_TRACKING_TOKEN", "AWS_SECRET_ACCESS_KEY"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "AWS_SECRET_ACCESS_KEY",
+        "AZURE_STORAGE_ACCESS_KEY",
+        "AZURE_STORAGE_CONNECTION_STRING",
+        "AZURE_STORAGE_SAS_TOKEN",
+        "MLFLOW_TRACKING_TOKEN",
+        "PGPASSWORD",
+        "POSTGRES_PASSWORD",
+        "RAY_AUTH_TOKEN",
+    ],
+)
 def test_mask_secrets_values_of_the_environment_are_hidden(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(name, "s3cr3t-value")
 
