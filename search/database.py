@@ -389,16 +389,27 @@ def _first_line(error: BaseException) -> str:
     return mask_url(lines[0].strip()) if lines else type(error).__name__
 
 
-_HOPELESS = ("authentication failed", "no password", "no pg_hba.conf entry", "certificate", "does not support SSL")
-"""In a refusal that waiting cannot mend: the server is there."""
+_HOPELESS = re.compile(
+    # who may come in
+    r"authentication failed|no password|no pg_hba\.conf entry|authentication method requirement"
+    r"|is not permitted to log in|permission denied for database"
+    # to what
+    r'|(database|role) ".*" does not exist'
+    # how
+    r"|certificate|does not support SSL|GSSAPI encryption required"
+    r'|invalid (port number|value for parameter|"?\w+"? value)|unrecognized configuration parameter'
+    r'|definition of service ".*" not found'
+)
+"""In a refusal that waiting cannot mend: the server is there, or nobody was asked because the URL or libpq's variables
+are wrong. A connection that cannot be made has no code to go by."""
 
 
 def wait_until_ready(url: str | URL, timeout: float = 30.0) -> None:
     """Returns as soon as the database answers a query.
 
     Raises:
-        DatabaseError: it did not within `timeout` seconds, or the password or a certificate is wrong (which waiting
-            cannot mend).
+        DatabaseError: it did not within `timeout` seconds, or something is wrong that waiting cannot mend: the
+            password, a certificate, the name of the database, a parameter of the URL.
     """
     engine = make_engine(url, pooled=False)
     deadline = time.monotonic() + timeout
@@ -409,8 +420,7 @@ def wait_until_ready(url: str | URL, timeout: float = 30.0) -> None:
             return
         except DBAPIError as error:
             reason = _first_line(error.orig or error)
-            hopeless = not is_transient(error) or any(word in reason for word in _HOPELESS)
-            if hopeless:
+            if not is_transient(error) or _HOPELESS.search(reason):
                 raise DatabaseError(f"{mask_url(url)}: {reason}") from None
             if time.monotonic() >= deadline:
                 raise DatabaseError(f"{mask_url(url)} did not answer within {timeout:g} s: {reason}") from None

@@ -3,12 +3,17 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
 import sqlalchemy as sa
+from faulty import Postgres
+from sqlalchemy.engine import make_url
 from sqlalchemy.exc import IntegrityError, OperationalError
 
 from search.database import (
@@ -176,6 +181,81 @@ def test_wait_until_ready_nobody_there_raises_masked_line() -> None:
         wait_until_ready("postgresql://u:secret@127.0.0.1:9/db", timeout=0.3)
     assert "secret" not in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def guarded_role(postgres_url: str) -> Iterator[str]:
+    """A role that may not enter the database of `postgres_url`."""
+    name = make_url(postgres_url).database
+    engine = make_engine(postgres_url)
+    with engine.begin() as connection:
+        connection.execute(sa.text(f"CREATE ROLE {name}_out LOGIN"))
+        connection.execute(sa.text(f"CREATE ROLE {name}_off NOLOGIN"))
+        connection.execute(sa.text(f"REVOKE CONNECT ON DATABASE {name} FROM PUBLIC"))
+    yield f"{name}_out"
+    with engine.begin() as connection:
+        connection.execute(sa.text(f"DROP ROLE {name}_out, {name}_off"))
+    engine.dispose()
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "reason"),
+    [
+        ({"database": "nothing"}, {}, 'database "nothing" does not exist'),
+        ({"username": "nobody"}, {}, 'role "nobody" does not exist'),
+        ({"username": "{database}_off"}, {}, "is not permitted to log in"),
+        ({"username": "{database}_out"}, {}, "permission denied for database"),
+        ({}, {"sslmode": "sometimes"}, 'invalid sslmode value: "sometimes"'),
+        ({}, {"target_session_attrs": "fast"}, 'invalid target_session_attrs value: "fast"'),
+        ({}, {"ssl_min_protocol_version": "9"}, 'invalid "ssl_min_protocol_version" value: "9"'),
+        ({}, {"require_auth": "md5"}, 'authentication method requirement "md5" failed'),
+        ({}, {"options": "-c sped=1"}, 'unrecognized configuration parameter "sped"'),
+        ({}, {"service": "none"}, 'definition of service "none" not found'),
+        ({"host": "127.0.0.1", "port": 99999}, {}, 'invalid port number: "99999"'),
+    ],
+)
+@pytest.mark.usefixtures("guarded_role")
+def test_wait_until_ready_what_waiting_cannot_mend_is_told_at_once(
+    postgres_url: str, changes: dict[str, Any], options: dict[str, Any], reason: str
+) -> None:
+    url = make_url(postgres_url)
+    if "username" in changes:
+        changes = {"username": changes["username"].format(database=url.database)}
+    # The socket's folder is a parameter of the URL, and would win.
+    wrong = url.set(**changes).difference_update_query(changes)
+    began = time.monotonic()
+
+    with pytest.raises(DatabaseError) as caught:
+        wait_until_ready(wrong.update_query_dict(options), timeout=3600.0)
+
+    assert time.monotonic() - began < 20
+    assert reason in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_wait_until_ready_wrong_password_is_told_at_once_and_a_restart_is_waited_for() -> None:
+    server = Postgres()
+    try:
+        server.execute("CREATE ROLE me LOGIN PASSWORD 'r1ght'")
+        rules = server.folder / "data" / "pg_hba.conf"
+        rules.write_text(f"local all me scram-sha-256\n{rules.read_text()}")
+        server.stop()
+        server.start()
+        right, wrong = (make_url(server.url).set(username="me", password=word) for word in ("r1ght", "wr0ng"))
+        wait_until_ready(right, timeout=30.0)
+
+        for url, reason in ((wrong, "authentication failed"), (right.set(password=""), "no password")):
+            with pytest.raises(DatabaseError, match=reason) as caught:
+                wait_until_ready(url, timeout=3600.0)
+            assert "wr0ng" not in str(caught.value)
+
+        server.stop()
+        starter = threading.Timer(1.0, server.start)
+        starter.start()
+        wait_until_ready(right, timeout=120.0)
+        starter.join()
+    finally:
+        server.stop("immediate")
 
 
 def test_wait_until_ready_file_is_no_database_raises(tmp_path: Path) -> None:
