@@ -6,7 +6,6 @@
 import os
 import platform
 import sys
-import time
 from pathlib import Path
 
 from search.config import load_study_config
@@ -18,8 +17,11 @@ SILENT_SECONDS = 600.0
 """Twice the default lease: a worker that is silent for so long has lost its trials to another."""
 
 
-def newest_beat(url: str, study: str) -> float | None:
-    """When a running worker of this host was last heard of, in epoch seconds on the database's clock."""
+def silent_seconds(url: str, study: str) -> float | None:
+    """For how long no running worker of this host was heard of; None if there is none.
+
+    Both ends are on the database's clock, since this host's may be off.
+    """
     ledger = Ledger(make_engine(url, create=False, pooled=False), patience=5.0)
     host = platform.node()
     beats = [
@@ -27,7 +29,7 @@ def newest_beat(url: str, study: str) -> float | None:
         for row in ledger.workers(study)
         if row.state is WorkerState.RUNNING and row.host.partition("#")[0] == host
     ]
-    return max(beats, default=None)
+    return ledger.now() - max(beats) if beats else None
 
 
 def main() -> int:
@@ -35,11 +37,11 @@ def main() -> int:
     study = sys.argv[1]
     try:
         name = load_study_config(Path(study)).name if study.endswith((".yaml", ".yml")) else study
-        beat = newest_beat(os.environ["YOLOSEARCH_STORAGE_URL"], name)
+        silent = silent_seconds(os.environ["YOLOSEARCH_STORAGE_URL"], name)
     except SearchError as error:
         print(mask_url(str(error)))
         return 1
-    if beat is None or time.time() - beat > SILENT_SECONDS:
+    if silent is None or silent > SILENT_SECONDS:
         print(f"no worker of {platform.node()} beats for study {name}")
         return 1
     return 0
