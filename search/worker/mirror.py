@@ -105,7 +105,7 @@ class Mirror:
         if ticket.state.is_final:
             self._sync_summary(ticket)
             self._ledger.mark_mirrored(ticket_id)
-        elif self._ledger.ticket(ticket_id).state is not ticket.state:
+        elif not self._still(ticket):
             # Shown too late, for example by a process that was halted: what holds now is shown after it.
             self.notify(ticket_id)
 
@@ -121,10 +121,14 @@ class Mirror:
         if ticket.state.is_final:
             self._tracker.set_tags(run_id, self._final_tags(ticket))
             self._log_files(run_id, ticket, rows)
-        if self._shown.get(ticket.id) is not ticket.state:
+        if self._shown.get(ticket.id) is not ticket.state and self._still(ticket):
             # Last: a run whose state says FINISHED has everything in it.
             self._tracker.set_state(run_id, TRACKED_STATES[ticket.state], ticket.reason, ticket.finished)
             self._shown[ticket.id] = ticket.state
+
+    def _still(self, ticket: Ticket) -> bool:
+        """Whether its state holds: while rows were sent another worker may have ended it, and shown that."""
+        return ticket.state.is_final or self._ledger.ticket(ticket.id).state is ticket.state
 
     def _sync_fidelity(self, run_id: str, ticket: Ticket) -> None:
         """The cheap training's epochs are metrics of their own, whose steps do not meet those of the full one."""

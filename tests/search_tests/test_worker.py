@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +28,7 @@ from search.database import make_engine
 from search.errors import LeaseLostError, StudyConflictError, StudyStoppedError, UnknownStudyError, UserInputError
 from search.ledger import Ledger, Ticket, TicketState, WorkerState
 from search.report import study_status
-from search.tracking import TrackingConfigError, open_tracker
+from search.tracking import EpochMetrics, TrackingConfigError, open_tracker
 from search.transforms import hyperparameters
 from search.worker import session, supply, trainer_process
 from search.worker.capacity import workers_here
@@ -961,6 +961,31 @@ def test_mirror_reconcile_completes_what_a_dead_worker_left_and_repeats_nothing(
     hyps = [Hyperparameters.from_yaml(path) for path in artifacts.rglob("hyp*.yaml")]
     assert [hyp.box for hyp in hyps] == [0.05, 0.05]
     assert study.tickets()[0].mirrored
+
+
+def test_mirror_overtaken_while_it_sends_shows_no_state_of_before(
+    make: Callable[..., TinyStudy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = make(tracked=True, trials=1)
+    study.create()
+    ledger = study.ledger
+    ticket = ledger.claim(NAME, "here", 1, 60.0)[0]
+    ledger.record_epoch(ticket, 0, 0.25, {"fitness": 0.25}, 1_700_000_000.5)
+    mirror = mirror_of(study)
+    send = mirror._tracker.log_epochs
+
+    def overtaken(run_id: str, rows: Sequence[EpochMetrics]) -> None:
+        """Before it is done, the trial ends, and another worker shows that."""
+        send(run_id, rows)
+        monkeypatch.undo()
+        ledger.finish(ticket, COMPLETE, 0.25, None, 0)
+        mirror_of(study).sync(ticket.id)
+
+    monkeypatch.setattr(mirror._tracker, "log_epochs", overtaken)
+    mirror.sync(ticket.id)
+
+    run = study.mlflow_runs()["trial-00000"]
+    assert (run.info.status, run.data.tags["yolosearch.state"]) == ("FINISHED", "COMPLETE")
 
 
 def test_mirror_store_away_loses_nothing(make: Callable[..., TinyStudy], caplog: pytest.LogCaptureFixture) -> None:
