@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, Self
+from typing import Self
 
 from search.errors import EXIT_BAD_INPUT, EXIT_STOPPED, DatabaseError
 from search.launch.launcher import RestartPolicy, WorkerPhase, WorkerView, study_progress
@@ -32,7 +32,6 @@ class _Child:
     starts: int = 0
     process: subprocess.Popen[bytes] | None = None
     code: int | None = None
-    log: BinaryIO | None = None
     restart: RestartPolicy = field(default_factory=RestartPolicy)
     done: bool = False
     given_up: bool = False
@@ -55,10 +54,15 @@ class LocalLauncher:
     _stopping: bool = False
 
     def __enter__(self) -> Self:
-        for seat in self.plan.seats():
-            child = _Child(seat)
-            self._children.append(child)
-            self._start(child)
+        try:
+            for seat in self.plan.seats():
+                child = _Child(seat)
+                self._children.append(child)
+                self._start(child)
+        except BaseException:
+            # Nobody calls `__exit__`: those that started would train on without a launcher.
+            self.stop()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -182,9 +186,7 @@ class LocalLauncher:
         except subprocess.TimeoutExpired:
             self._kill(child)
         child.code = child.process.returncode
-        if child.log is not None:
-            child.log.close()
-        child.process = child.log = None
+        child.process = None
         return True
 
     def _kill(self, child: _Child) -> None:
@@ -200,16 +202,16 @@ class LocalLauncher:
         child.starts += 1
         child.log_path = self.plan.folder.log(seat)
         child.log_path.parent.mkdir(parents=True, exist_ok=True)
-        child.log = child.log_path.open("ab")
-        child.process = subprocess.Popen(
-            self._command(child),
-            stdin=subprocess.DEVNULL,
-            stdout=child.log,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **self.plan.worker_environment(child.seat)},
-            # Its own session: a Ctrl-C in the terminal reaches the launcher only, which then stops the workers once.
-            start_new_session=True,
-        )
+        with child.log_path.open("ab") as log:
+            child.process = subprocess.Popen(
+                self._command(child),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **self.plan.worker_environment(child.seat)},
+                # Its own session: a Ctrl-C in the terminal reaches the launcher only, which stops the workers once.
+                start_new_session=True,
+            )
 
     def _command(self, child: _Child) -> list[str]:
         timeout = self.plan.timeout

@@ -1,10 +1,12 @@
 """The launcher: real worker processes, killed and restarted."""
 
 import os
+import platform
 import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -94,6 +96,26 @@ def test_launcher_passes_the_url_by_the_environment_and_devices_in_turn(study: T
     assert [line[line.index("--device") + 1] for line in lines] == ["cpu", "cuda:7", "cpu"]
     assert all(line[0] == sys.executable for line in lines)
     assert not any("secret" in word for line in lines for word in line)
+
+
+def test_launcher_worker_that_cannot_start_ends_those_that_did(study: TinyStudy) -> None:
+    launcher = LocalLauncher(replace(plan_of(study), workers=3), study.ledger)
+    # The log of the third is a folder.
+    StudyFolder(study.runs, NAME).log(f"{platform.node()}-{os.getpid()}-2").mkdir(parents=True)
+
+    with pytest.raises(IsADirectoryError), launcher:
+        pytest.fail("it started")
+
+    assert launcher.pids == ()
+    assert len(launcher.log_paths) == 3
+    assert not [pid for pid in Path("/proc").glob("[0-9]*") if is_worker_of(pid, study)]
+
+
+def is_worker_of(process: Path, study: TinyStudy) -> bool:
+    with suppress(OSError):
+        words = (process / "cmdline").read_text().split("\0")
+        return "worker" in words and str(study.runs) in words
+    return False
 
 
 def test_launcher_finished_study_needs_no_restart(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
