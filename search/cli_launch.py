@@ -67,7 +67,12 @@ from yolocore.errors import InputError
 if TYPE_CHECKING:
     pass
 
-Hang = Annotated[float, typer.Option(min=1, help="Seconds after which a silent trainer is killed.")]
+Hang = Annotated[
+    float,
+    typer.Option(
+        min=1, help="Seconds after which a silent trainer is killed; reading the data may take four times as long."
+    ),
+]
 Lease = Annotated[float, typer.Option(min=1, help="Seconds after which a silent worker loses its trials.")]
 StopSeconds = Annotated[float, typer.Option(min=0, help="Seconds to end in when asked to by a signal.")]
 Timeout = Annotated[
