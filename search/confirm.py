@@ -13,7 +13,7 @@ from typing import Any
 
 from search.config import StudyConfig
 from search.errors import UserInputError
-from search.ledger import CONFIRM, NOISE, EpochRow, Ledger, Rerun, Ticket, TicketState, base_numbers
+from search.ledger import CONFIRM, NOISE, EpochRow, Ledger, Rerun, Ticket, TicketState
 from search.statistics import (
     Comparison,
     Confirmation,
@@ -24,7 +24,7 @@ from search.statistics import (
     seeds_needed,
     spread,
 )
-from search.weights import complete_trials, value_row
+from search.weights import best_candidates, value_row
 
 BASE = 0
 """What a rerun of the base has for its candidate."""
@@ -93,18 +93,6 @@ def add_confirmation(ledger: Ledger, config: StudyConfig, top: int, seeds: int, 
         for number in chosen
     ]
     return ledger.add_reruns(config.name, CONFIRM, reruns)
-
-
-def best_candidates(trials: Sequence[Ticket]) -> list[Ticket]:
-    """The complete trials of a search, the best first, each set of parameters once, without the base's."""
-    bases = base_numbers(trials)
-    seen = [ticket.params for ticket in trials if ticket.number in bases]
-    found = []
-    for ticket in complete_trials(trials):
-        if ticket.params not in seen:
-            seen.append(ticket.params)
-            found.append(ticket)
-    return found
 
 
 # ---- what they gave --------------------------------------------------------------------------------------------------
@@ -271,6 +259,16 @@ class ConfirmReport:
     def decisive(self) -> Confirmation | None:
         """By what is decided, None as long as there is nothing to decide by."""
         return self.judgements[0].result if self.judgements else None
+
+    @property
+    def outcome(self) -> Confirmation | None:
+        """The same, None as long as it may still change by itself."""
+        return self.decisive if self.is_over else None
+
+    @property
+    def trials(self) -> dict[str, int]:
+        """The trial of each candidate, by what tables call it."""
+        return {one.name: one.trial for one in self.candidates}
 
     @property
     def winner(self) -> Candidate | None:

@@ -344,7 +344,7 @@ def _clean_weights(ledger: Ledger, tickets: Sequence[Ticket], weights: WeightsSt
     if not complete_trials(tickets):
         return 0
     policy = (ledger.study(tickets[0].study).config.get("train") or {}).get("keep_weights", "best")
-    kept = kept_numbers(tickets, policy)
+    kept = kept_numbers(ledger.tickets(tickets[0].study, KINDS), policy)
     freed = sum(weights.keep(number, None, dry_run=dry_run) for number in sorted(_ended_numbers(tickets) - kept))
     for ticket in complete_trials(tickets):
         file = weights.find(ticket.number, value_row(ticket, ledger.reports(ticket.id)))

@@ -181,7 +181,7 @@ class TrainSettings(Section):
     freeze_bn: StrictBool = False
     """Frozen layers also keep their BatchNorm statistics; YOLOv5 lets these move."""
     keep_weights: Literal["none", "best", "all"] = "best"
-    """Whose trained weights stay: nobody's, those of the base and of the best trial, or those of every complete one."""
+    """Whose trained weights stay: nobody's, those of the base, the best three and what `confirm` reruns, or all."""
     pack: Annotated[
         int | Literal["auto"],
         PlainValidator(pack_size),

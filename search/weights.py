@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Self
 from search.checkpoints import Place, StoredCheckpoint, digest_of, failures_of, open_place
 from search.database import check_study_name
 from search.errors import UserInputError
-from search.ledger import EpochRow, Ticket, TicketState, base_numbers, front
+from search.ledger import CONFIRM, SEARCH, EpochRow, Ticket, TicketState, base_numbers, front
 from search.paths import StudyFolder
 from yolocore.errors import CheckpointError
 
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 DETAILS_NAME = "details.npz"
 """Beside a trial's weights, until its pictures are drawn."""
+
+BEST_TRIALS = 3
+"""Besides the base, whose weights and pictures stay: as many as `confirm` takes for candidates by itself."""
 
 _NAME = re.compile(r"weights-(?P<epochs>\d{4,})-(?P<attempt>\d{4,})-(?P<digest>[0-9a-f]{32})\.safetensors")
 
@@ -249,21 +252,42 @@ def best_trials(tickets: Sequence[Ticket]) -> list[Ticket]:
     return front(tickets) or complete_trials(tickets)[:1]
 
 
-def best_until(tickets: Sequence[Ticket], ended: Ticket) -> frozenset[int]:
-    """Numbers of the trials that were the best before this one ended."""
-    return frozenset(ticket.number for ticket in best_trials([other for other in tickets if other.id != ended.id]))
+def best_candidates(trials: Sequence[Ticket]) -> list[Ticket]:
+    """The complete trials of a search, the best first, each set of parameters once, without the base's."""
+    bases = base_numbers(trials)
+    seen = [ticket.params for ticket in trials if ticket.number in bases]
+    found = []
+    for ticket in complete_trials(trials):
+        if ticket.params not in seen:
+            seen.append(ticket.params)
+            found.append(ticket)
+    return found
+
+
+def shown_trials(tickets: Sequence[Ticket]) -> list[Ticket]:
+    """The complete trials that a study may yet recommend: the base, the best few, candidates of a confirmation.
+
+    With several objectives, where nothing is confirmed, the base and the front.
+
+    Args:
+        tickets: All of the study, reruns included.
+    """
+    trials = [ticket for ticket in tickets if ticket.kind == SEARCH]
+    bases, best = base_numbers(trials), best_trials(trials)
+    if not front(trials):
+        best = [*best, *best_candidates(trials)[:BEST_TRIALS]]
+    rerun = {ticket.candidate for ticket in tickets if ticket.kind == CONFIRM}
+    numbers = {ticket.number for ticket in best} | bases | rerun
+    return [ticket for ticket in complete_trials(trials) if ticket.number in numbers]
 
 
 def kept_numbers(tickets: Sequence[Ticket], policy: str) -> frozenset[int]:
     """Numbers of the finished trials whose weights stay.
 
     Args:
-        tickets: All of the study.
-        policy: `train.keep_weights`: `best` keeps those of the best trials and of the base, `all` of every complete
-            one.
+        tickets: All of the study, reruns included.
+        policy: `train.keep_weights`: `best` keeps those of the trials that may yet be recommended, `all` of every
+            complete one.
     """
-    complete = complete_trials(tickets)
-    if policy == "best":
-        base = base_numbers(tickets)
-        complete = [*best_trials(tickets), *(ticket for ticket in complete if ticket.number in base)]
+    complete = shown_trials(tickets) if policy == "best" else complete_trials(tickets)
     return frozenset(ticket.number for ticket in complete if policy != "none")

@@ -11,11 +11,11 @@ from functools import partial
 from search.checkpoints import CheckpointStore
 from search.config import objective_value, objective_values
 from search.errors import LeaseLostError, SearchError, UserInputError
-from search.ledger import EpochRow, Ticket, TicketState
+from search.ledger import KINDS, EpochRow, Ticket, TicketState
 from search.settings import ObjectiveConfig
 from search.study import mirror_reports, should_prune, tell, trial_value
 from search.transforms import hyperparameters
-from search.weights import WeightsStore, best_until, kept_numbers, value_row
+from search.weights import WeightsStore, kept_numbers, value_row
 from search.worker.context import WorkerContext
 from search.worker.lease import LeaseKeeper
 from search.worker.messages import (
@@ -272,12 +272,12 @@ class PackRun:
 
     def _sort_weights(self, ticket: Ticket) -> None:
         """Keeps the weights of a trial that has ended if they count, and lets go of those that they beat."""
-        tickets = self._ledger.tickets(self._config.name)
-        kept = kept_numbers(tickets, self._config.train.keep_weights)
+        policy, tickets = self._config.train.keep_weights, self._ledger.tickets(self._config.name, KINDS)
+        kept = kept_numbers(tickets, policy)
+        kept_before = kept_numbers([other for other in tickets if other.id != ticket.id], policy)
         # What two workers at the same moment leave, `clean` finds.
-        for number in (ticket.number, *best_until(tickets, ticket)):
-            if number not in kept:
-                self._weights.keep(number, None)
+        for number in {ticket.number, *kept_before} - kept:
+            self._weights.keep(number, None)
         if ticket.number in kept:
             row = value_row(self._ledger.ticket(ticket.id), self._ledger.reports(ticket.id))
             file = self._weights.find(ticket.number, row)

@@ -12,7 +12,7 @@ from tiny import NAME, SignalWhen, TinyStudy, make_study
 
 from search.errors import UserInputError
 from search.export import export_weights
-from search.ledger import EpochRow, Ticket, TicketState
+from search.ledger import CONFIRM, EpochRow, Rerun, Ticket, TicketState
 from search.weights import WeightsStore, kept_numbers
 from yolocore.checkpoint import load_weights
 from yolocore.errors import CheckpointError
@@ -121,17 +121,15 @@ def kept(study: TinyStudy) -> set[int]:
     return {ticket.number for ticket in study.tickets() if study.weights(ticket.number)}
 
 
-def best(study: TinyStudy) -> Ticket:
-    return max(study.tickets(), key=lambda ticket: (ticket.value or 0.0, -ticket.number))
-
-
 @pytest.mark.parametrize("policy", ["none", "best", "all"])
 def test_run_worker_keeps_the_weights_that_the_study_file_says(make: Callable[..., TinyStudy], policy: str) -> None:
-    study = make(trials=3, train={"epochs": 2, "keep_weights": policy}, objective="map50")
+    study = make(trials=6, train={"epochs": 2, "keep_weights": policy}, objective="precision")
     study.create()
     study.work()
 
-    expected = {"none": set(), "best": {0, best(study).number}, "all": {0, 1, 2}}[policy]
+    ranked = sorted(study.tickets(), key=lambda ticket: (-(ticket.value or 0.0), ticket.number))
+    three = [ticket.number for ticket in ranked if ticket.number != 0][:3]
+    expected = {"none": set(), "best": {0, *three}, "all": set(range(6))}[policy]
     assert kept(study) == expected
     assert kept_numbers(study.tickets(), policy) == expected
     assert all(len(study.weights(number)) == 1 for number in expected)
@@ -175,19 +173,36 @@ def test_export_weights_that_were_not_kept_raises(make: Callable[..., TinyStudy]
         export_weights(study.ledger, study.config, WeightsStore.open(study.runs, NAME), tmp_path / "best.pt")
 
 
-def test_kept_numbers_of_equal_values_prefer_the_base_and_its_retry(make: Callable[..., TinyStudy]) -> None:
-    study = make(trials=4)
-    study.create()
-    tickets = [
-        dataclasses.replace(ticket, state=COMPLETE, value=value)
-        for ticket, value in zip(study.tickets(), (0.5, 0.5, 0.7, None), strict=True)
+def ended(study: TinyStudy, *values: float | None) -> list[Ticket]:
+    """The study's tickets as if they were complete, each with parameters of its own."""
+    return [
+        dataclasses.replace(ticket, state=COMPLETE, value=value, params={"box": 0.05 + ticket.number / 100})
+        for ticket, value in zip(study.tickets(), values, strict=True)
     ]
-    assert kept_numbers(tickets[:2], "best") == {0}
-    assert kept_numbers(tickets, "best") == {0, 2}
+
+
+def test_kept_numbers_are_the_base_its_retry_and_the_best_three(make: Callable[..., TinyStudy]) -> None:
+    study = make(trials=6)
+    study.create()
+    tickets = ended(study, 0.5, 0.5, 0.7, 0.6, 0.5, 0.4)
+    assert kept_numbers(tickets[:1], "best") == {0}
+    assert kept_numbers(tickets, "best") == {0, 1, 2, 3}  # of equals the first
+    same = [*tickets[:3], dataclasses.replace(tickets[3], params=tickets[2].params), *tickets[4:]]
+    assert kept_numbers(same, "best") == {0, 1, 2, 4}  # nobody confirms the same parameters twice
     retried = [
         dataclasses.replace(tickets[0], state=TicketState.FAIL, value=None),
-        *tickets[1:3],
-        dataclasses.replace(tickets[3], retry_of=0, value=0.1),
+        *tickets[1:5],
+        dataclasses.replace(tickets[5], retry_of=0, value=0.1),
     ]
-    assert kept_numbers(retried, "best") == {2, 3}
-    assert kept_numbers(retried, "all") == {1, 2, 3}
+    assert kept_numbers(retried, "best") == {1, 2, 3, 5}
+    assert kept_numbers(retried, "all") == {1, 2, 3, 4, 5}
+
+
+def test_kept_numbers_have_what_a_confirmation_reruns(make: Callable[..., TinyStudy]) -> None:
+    study = make(trials=6)
+    study.create()
+    tickets = ended(study, 0.5, 0.1, 0.7, 0.6, 0.8, 0.9)
+    rerun = Rerun(candidate=1, seed=1, epochs=2, params=tickets[1].params or {})
+    reruns = study.ledger.add_reruns(NAME, CONFIRM, [rerun])
+    assert kept_numbers([*tickets, *reruns], "best") == {0, 1, 2, 4, 5}
+    assert kept_numbers([*tickets, *reruns], "none") == frozenset()
