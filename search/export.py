@@ -13,6 +13,7 @@ from search.confirm import TEST, VALIDATION, ConfirmReport, gain_in_words, lates
 from search.errors import SearchError, UserInputError
 from search.ledger import Ledger, Ticket, base_numbers, front
 from search.prepared import Prepared
+from search.recommendation import recommend
 from search.transforms import at_bounds, hyperparameters, moved_keys
 from search.weights import WeightsStore, complete_trials, value_row
 from yolocore.hyperparameters import Hyperparameters
@@ -92,11 +93,13 @@ class BestTrial:
     """What `gains` says, as numbers."""
     values: Mapping[str, tuple[float | None, float | None]] = field(default_factory=dict)
     """Of several objectives each one's value, and the base's."""
+    bases: frozenset[int] = frozenset({0})
+    """Numbers of the tickets that train the base."""
 
     @property
     def is_base(self) -> bool:
-        """Whether nothing beat the base."""
-        return self.trial_number == 0
+        """Whether it is the base: nothing beat it, or nothing is shown to."""
+        return (self.trial_number if self.ticket is None else self.ticket) in self.bases
 
     @property
     def is_confirmed(self) -> bool:
@@ -126,7 +129,7 @@ def best_trial(ledger: Ledger, config: StudyConfig, trial: int | None = None) ->
         )
     tickets = _search_tickets(ledger, config)
     report = latest_confirmation(ledger, config)
-    best, why = _chosen(config, tickets, complete_trials(tickets), report, trial)
+    best, why = _named(config, tickets, trial) if trial is not None else _recommended(tickets, report)
     return _exported(ledger, config, best, tickets, why, report)
 
 
@@ -189,6 +192,7 @@ def _exported(
         fingerprint=record.fingerprint,
         anchors=None if anchors is None else anchors.describe(),
         metrics=rows[-1].metrics if rows else {},
+        bases=numbers,
         finished=best.finished,
         ticket=best.number,
         why=why,
@@ -209,25 +213,21 @@ def _several_values(
     return {name: (value, yardstick) for name, value, yardstick in values}
 
 
-def _chosen(
-    config: StudyConfig,
-    tickets: Sequence[Ticket],
-    complete: Sequence[Ticket],
-    report: ConfirmReport | None,
-    trial: int | None,
-) -> tuple[Ticket, str | None]:
+def _named(config: StudyConfig, tickets: Sequence[Ticket], trial: int) -> tuple[Ticket, str]:
+    """The ticket that the user wants instead, and why it is exported."""
+    complete = complete_trials(tickets)
+    named = next((one for one in complete if trial in (one.trial_number, one.number)), None)
+    if named is None:
+        numbers = ", ".join(str(one.trial_number) for one in sorted(complete, key=lambda one: one.number)[:20])
+        raise UserInputError(f"study {config.name}: --trial: got {trial}; allowed: a complete trial ({numbers})")
+    return named, "chosen by hand"
+
+
+def _recommended(tickets: Sequence[Ticket], report: ConfirmReport | None) -> tuple[Ticket, str | None]:
     """The ticket to export, and why it is that one if it is not simply the best."""
-    if trial is not None:
-        named = next((one for one in complete if trial in (one.trial_number, one.number)), None)
-        if named is None:
-            numbers = ", ".join(str(one.trial_number) for one in sorted(complete, key=lambda one: one.number)[:20])
-            raise UserInputError(f"study {config.name}: --trial: got {trial}; allowed: a complete trial ({numbers})")
-        return named, "chosen by hand"
-    if report is None or not report.is_over:
-        return complete[0], None
-    if (winner := report.winner) is not None:
-        return next(one for one in tickets if one.number == winner.number), "the winner of the confirmation"
-    return tickets[0], "the base: the confirmation found no winner"
+    found = recommend(tickets) if report is None else recommend(tickets, report.outcome, report.trials)
+    assert found is not None  # there is a complete trial
+    return found.ticket, found.why if found.is_decided else None
 
 
 def _gains(report: ConfirmReport, number: int) -> Iterator[str]:

@@ -116,7 +116,8 @@ def _figures(data: StudyData, found: Findings) -> Iterator[tuple[str, str, str]]
     if data.base is not None and data.base.value is not None:
         yield ("defaults" if data.config.base_hyp is None else "base"), f"{data.base.value:.4f}", data.metric
     if data.best is not None and data.best.value is not None:
-        yield "best", f"{data.best.value:.4f}", f"trial {data.best.trial_number}"
+        is_decided = data.recommendation is not None and data.recommendation.is_decided
+        yield "recommended" if is_decided else "best", f"{data.best.value:.4f}", f"trial {data.best.trial_number}"
     if found.gain is not None:
         yield "gain", f"{found.gain:+.3f}", _gain_note(data, found)
     counts = ", ".join(f"{count} {state.lower()}" for state, count in found.counts.items() if count)

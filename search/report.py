@@ -15,7 +15,7 @@ from rich.text import Text
 
 from search.config import StudyConfig
 from search.fidelity import FidelityStatus
-from search.forecast import ShortAgainstFull, Span, seconds_left, short_against_full, study_cost
+from search.forecast import ShortAgainstFull
 from search.housekeeping import StudyRow
 from search.ledger import (
     RERUN_KINDS,
@@ -26,13 +26,13 @@ from search.ledger import (
     Ticket,
     TicketState,
     WorkerRow,
-    WorkerState,
     base_numbers,
     front,
 )
+from search.outlook import curves_of, pace_left
 from search.prepared import Prepared
 from search.transforms import at_bounds, shown_params
-from search.worker.lease import HEARTBEAT_SECONDS
+from search.worker.lease import is_fresh
 from yolocore.hyperparameters import LOSS_WEIGHT_KEYS
 
 STATE_STYLES = {
@@ -42,10 +42,6 @@ STATE_STYLES = {
     TicketState.PRUNED: "yellow",
     TicketState.FAIL: "red",
 }
-
-
-SILENT_BEATS = 2
-"""A worker that has missed so many beats may be dead."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,7 +156,7 @@ def sum_up(rows: StudyRows, config: StudyConfig) -> StudyStatus:
     complete = [trial for trial in trials if trial.state == TicketState.COMPLETE and trial.value is not None]
     counts = {state.value: sum(ticket.state is state for ticket in tickets) for state in TicketState}
     best = None if config.objectives else max(complete, key=lambda trial: trial.value or 0.0, default=None)
-    live = [worker.id for worker in workers if _is_fresh(worker, rows.now)]
+    live = [worker.id for worker in workers if is_fresh(worker, rows.now)]
     return StudyStatus(
         study=config.name,
         counts=counts,
@@ -171,7 +167,7 @@ def sum_up(rows: StudyRows, config: StudyConfig) -> StudyStatus:
         best=best,
         base=_base(tickets, trials),
         slot_epochs=sum(trial.epoch for trial in trials),
-        eta_seconds=_seconds_left(config, tickets, reports, live),
+        eta_seconds=pace_left(config, tickets, reports, live),
         stop_reason=rows.record.stop_reason,
         stop_kind=rows.record.stop_kind,
         unsent=sum(ticket.state.is_final and not ticket.mirrored for ticket in tickets) * config.tracking.enabled,
@@ -204,11 +200,6 @@ def _base(tickets: Sequence[Ticket], trials: Sequence[TrialStatus]) -> TrialStat
     return found[-1] if found else None
 
 
-def _is_fresh(worker: WorkerRow, now: float) -> bool:
-    """Whether it lives, as far as the database knows: it has missed no two beats."""
-    return worker.state is WorkerState.RUNNING and now - worker.heartbeat < SILENT_BEATS * HEARTBEAT_SECONDS
-
-
 def _trial_status(ticket: Ticket, rows: Sequence[EpochRow], config: StudyConfig) -> TrialStatus:
     last = next((row.value for row in reversed(rows) if row.value is not None), None)
     ended = ticket.finished or time.time()
@@ -229,40 +220,9 @@ def _trial_status(ticket: Ticket, rows: Sequence[EpochRow], config: StudyConfig)
     )
 
 
-def _seconds_left(
-    config: StudyConfig,
-    tickets: Sequence[Ticket],
-    reports: Mapping[int, Sequence[EpochRow]],
-    live: Sequence[str],
-) -> float | None:
-    """Seconds until the budget is spent; pruning is in what ended trials took, and in a guess as long as none has."""
-    spans = [_span(ticket, reports.get(ticket.id, ())) for ticket in tickets]
-    evaluated = len(config.evaluated_epochs())
-    typical = None
-    if not any(ticket.state.is_final for ticket in tickets):
-        cost = study_cost(config)
-        typical = evaluated * cost.expected / (cost.epochs * config.trials)
-    return seconds_left(spans, live, evaluated, typical)
-
-
-def _span(ticket: Ticket, rows: Sequence[EpochRow]) -> Span:
-    return Span(
-        state=ticket.state.value,
-        worker=ticket.worker,
-        started=ticket.started,
-        done=len(rows),
-        moments=tuple((row.attempt, row.stored_at) for row in rows),
-    )
-
-
 def epochs_enough(rows: StudyRows, config: StudyConfig) -> ShortAgainstFull:
     """Whether the study's own curves say that fewer epochs per trial would do."""
-    curves = [
-        {row.epoch + 1: row.value for row in rows.reports.get(ticket.id, ())}
-        for ticket in rows.tickets
-        if ticket.kind == "search" and ticket.state is TicketState.COMPLETE
-    ]
-    return short_against_full(curves, config.train.epochs, best=config.objective.at == "best")
+    return curves_of(config, rows.tickets, rows.reports)
 
 
 def status_view(status: StudyStatus, curves: ShortAgainstFull, now: datetime) -> RenderableType:

@@ -12,6 +12,7 @@ from typing import Literal
 from search.config import StudyConfig
 from search.confirm import latest_confirmation, noise_report
 from search.ledger import KINDS, SEARCH, EpochRow, Ledger, StudyRecord, Ticket, TicketState, base_numbers
+from search.recommendation import Recommendation, recommend
 from search.settings import SpaceEntry
 from search.statistics import Comparison, Confirmation
 from search.transforms import hyperparameters, moved_keys
@@ -70,12 +71,14 @@ class StudyData:
         return next((ticket for ticket in self.complete if ticket.number in numbers), None)
 
     @cached_property
+    def recommendation(self) -> Recommendation | None:
+        """What the study recommends."""
+        return recommend(self.every_ticket, self.confirmation, self.candidates)
+
+    @property
     def best(self) -> Ticket | None:
-        """What the study recommends: the confirmed winner, otherwise the complete trial of the highest value."""
-        winner = None if self.confirmation is None else self.confirmation.winner
-        number = None if winner is None else self.candidates.get(winner.candidate)
-        found = next((ticket for ticket in self.complete if number is not None and ticket.trial_number == number), None)
-        return found or next(iter(self.complete), None)
+        """The trial that it recommends, which is the base where a confirmation found no winner."""
+        return None if self.recommendation is None else self.recommendation.ticket
 
     @property
     def run_noise(self) -> float | None:
@@ -134,7 +137,7 @@ class StudyData:
 def read_study_data(ledger: Ledger, config: StudyConfig, class_names: Sequence[str] = ()) -> StudyData:
     """Reads a study's rows, and what its reruns say; a confirmation that is under way says nothing yet."""
     report = latest_confirmation(ledger, config)
-    if report is not None and not report.is_over:
+    if report is not None and report.outcome is None:
         report = None
     spread = noise_report(ledger, config).spread
     return StudyData(
@@ -144,9 +147,9 @@ def read_study_data(ledger: Ledger, config: StudyConfig, class_names: Sequence[s
         every_ticket=ledger.tickets(config.name, KINDS),
         reports=ledger.all_reports(config.name, KINDS),
         now=ledger.now(),
-        confirmation=None if report is None else report.decisive,
+        confirmation=None if report is None else report.outcome,
         noise=None if spread is None else spread.sd,
-        candidates={} if report is None else {one.name: one.trial for one in report.candidates},
+        candidates={} if report is None else report.trials,
     )
 
 
@@ -234,7 +237,7 @@ def findings(data: StudyData, importance: Mapping[str, float] | None = None) -> 
     """
     moves, classes = _moves(data, importance or {}), _class_changes(data)
     comparison = _comparison(data)
-    standing = _standing(data, comparison)
+    standing = _standing(data)
     gain = comparison.gain if comparison is not None else _single_gain(data)
     return Findings(
         standing=standing,
@@ -264,14 +267,11 @@ def _comparison(data: StudyData) -> Comparison | None:
     return next((line for line in lines if data.candidates.get(line.candidate) == number), None)
 
 
-def _standing(data: StudyData, comparison: Comparison | None) -> Standing:
-    if data.base is None or data.best is None:
+def _standing(data: StudyData) -> Standing:
+    found = data.recommendation
+    if found is None or (data.base is None and not found.is_decided):
         return "open"
-    if data.best is data.base:
-        return "keep"
-    if data.confirmation is not None and data.confirmation.winner is None:
-        return "keep"
-    return "confirmed" if comparison is not None else "unconfirmed"
+    return found.standing
 
 
 def _single_gain(data: StudyData) -> float | None:

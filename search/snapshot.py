@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from search.config import StudyConfig
 from search.ledger import EpochRow, Ticket, TicketState, WorkerRow, WorkerState
-from search.report import SILENT_BEATS, StudyRows, StudyStatus, TrialStatus, sum_up
+from search.report import StudyRows, StudyStatus, TrialStatus, sum_up
 from search.transforms import shown_params
-from search.worker.lease import HEARTBEAT_SECONDS
+from search.worker.lease import HEARTBEAT_SECONDS, SILENT_BEATS
 
 PACE_SECONDS = 600.0
 """Reports of so many last seconds say how fast the study goes."""

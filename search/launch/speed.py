@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from statistics import median
 
 from search.config import StudyConfig
 from search.database import make_engine
@@ -12,6 +11,7 @@ from search.errors import DatabaseError, SearchError, StudyConfigError
 from search.forecast import Speed
 from search.housekeeping import study_databases
 from search.ledger import EpochRow, Ledger, Ticket
+from search.outlook import LEAST_EPOCHS, speed_of
 from search.space import pack_limit
 from yolocore.training.capacity import best_size, epoch_seconds, measure_capacity
 from yolocore.training.config import TrainConfig
@@ -20,7 +20,6 @@ from yolocore.training.trainer import TrainingData
 LATEST_TRIALS = 16
 """Of an earlier study; so many say how fast it was."""
 
-LEAST_EPOCHS = 3
 SAME_KEYS = ("model", "image_size", "batch_size", "optimizer", "rect", "multi_scale", "freeze")
 """Settings of `train` on which an epoch's time depends."""
 
@@ -92,15 +91,3 @@ def _rows_on(ledger: Ledger, study: str, device: str) -> Iterator[EpochRow]:
     latest = sorted(trained, key=lambda ticket: -(ticket.started or 0.0))[:LATEST_TRIALS]
     for ticket in latest:
         yield from (row for row in ledger.reports(ticket.id) if row.metrics.get("seconds", 0.0) > 0)
-
-
-def speed_of(rows: Iterable[EpochRow], eval_every: int, source: str) -> Speed:
-    """The typical speed of some epochs. Only evaluated epochs have rows, so their validation counts for several."""
-    rows = list(rows)
-    slots = [max(1.0, row.metrics.get("slots", 1.0)) for row in rows]
-    validation = [row.metrics.get("eval_seconds", 0.0) for row in rows]
-    seconds = [
-        (row.metrics["seconds"] - spent + spent / eval_every) / count
-        for row, spent, count in zip(rows, validation, slots, strict=True)
-    ]
-    return Speed(seconds=median(seconds), slots=round(median(slots)), source=source)

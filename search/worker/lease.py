@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from types import TracebackType
 
 from search.errors import SearchError
-from search.ledger import Ledger, StopKind
+from search.ledger import Ledger, StopKind, WorkerRow, WorkerState
 from search.worker.existing import HANG_SECONDS, OUTAGE_SECONDS
 
 logger = logging.getLogger(__name__)
@@ -19,8 +19,16 @@ RENEWALS_PER_LEASE = 6
 HEARTBEAT_SECONDS = 60.0
 """A worker says at least so often that it lives, however long its leases are."""
 
+SILENT_BEATS = 2
+"""A worker that has missed so many beats may be dead."""
+
 ASK_SECONDS = 5.0
 """How often it asks whether somebody wants its trials back."""
+
+
+def is_fresh(worker: WorkerRow, now: float) -> bool:
+    """Whether it lives, as far as the database knows: it has missed no two beats."""
+    return worker.state is WorkerState.RUNNING and now - worker.heartbeat < SILENT_BEATS * HEARTBEAT_SECONDS
 
 
 class LeaseKeeper:
