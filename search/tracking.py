@@ -70,7 +70,14 @@ VIEW_TAG = f"mlflow.sharedViewState.{VIEW_KEY}"
 
 SUMMARY_TICKET = "summary"
 CHAMPION = "champion"
-"""Alias of the registered model's version that a study recommends."""
+"""Alias of the registered model's version that a study recommends since a confirmation decided so."""
+
+CANDIDATE = "candidate"
+"""Alias of the version that is the best so far, as long as no confirmation has decided."""
+
+STANDING_TAG = "yolosearch.standing"
+SUPERSEDED = "superseded"
+"""Standing of a version that has lost its alias."""
 
 # Limits of the oldest servers in use; today's MLflow allows more.
 METRICS_PER_BATCH = 1000
@@ -203,20 +210,25 @@ class Tracker(Protocol):
     def tags(self, run_id: str) -> Mapping[str, str]:
         """The tags of a run."""
 
-    def set_champion(self, model: str, run_id: str, artifact: str, tags: Mapping[str, str]) -> str:
-        """Makes an artifact the version of a registered model that has the alias `champion`.
+    def register_weights(self, model: str, run_id: str, artifact: str, alias: str, tags: Mapping[str, str]) -> str:
+        """Makes an artifact the version of a registered model that has an alias.
 
-        The same artifact does not become a second version; its tags are written again.
+        The same artifact does not become a second version; its tags are written again. A version that loses its alias
+        is tagged as superseded. A champion ends the time of candidates; a candidate leaves the champion as it is.
 
         Args:
             model: name of the registered model, created where it is missing.
             run_id: of the run that has the artifact.
             artifact: its name, for example `weights/best.safetensors`.
+            alias: champion or candidate.
             tags: written over those that the version has.
 
         Returns:
             The version.
         """
+
+    def withdraw_champion(self, model: str) -> None:
+        """Takes the alias `champion` from the version that has it, if one does."""
 
     def set_state(
         self, run_id: str, state: TrackedState, reason: str | None = None, end_time: float | None = None
@@ -431,9 +443,12 @@ class NullTracker:
         """None: nothing is kept."""
         return {}
 
-    def set_champion(self, model: str, run_id: str, artifact: str, tags: Mapping[str, str]) -> str:  # noqa: ARG002
+    def register_weights(self, model: str, run_id: str, artifact: str, alias: str, tags: Mapping[str, str]) -> str:  # noqa: ARG002
         """No version: nothing is kept."""
         return ""
+
+    def withdraw_champion(self, model: str) -> None:
+        """Nothing."""
 
     def set_state(
         self, run_id: str, state: TrackedState, reason: str | None = None, end_time: float | None = None
@@ -541,20 +556,46 @@ class MlflowTracker:
         """See `Tracker`."""
         return dict(self._run(run_id).data.tags)
 
-    def set_champion(self, model: str, run_id: str, artifact: str, tags: Mapping[str, str]) -> str:
+    def register_weights(self, model: str, run_id: str, artifact: str, alias: str, tags: Mapping[str, str]) -> str:
         """See `Tracker`."""
-        source = f"runs:/{run_id}/{artifact}"
         action = f"register model {model!r}"
-        if not self._call(action, "search_registered_models", f"name = {_quoted(model)}", max_results=1):
+        if self._aliases(model) is None:
             with contextlib.suppress(TrackingError):  # another worker may have been faster; names are unique
                 self._call(action, "create_registered_model", model)
+        version, aliases = self._model_version(model, run_id, artifact), self._aliases(model) or {}
+        if alias == CANDIDATE and aliases.get(CHAMPION) == version:
+            return version
+        for key, value in tags.items():
+            self._call(action, "set_model_version_tag", model, version, key, _tag_text(value))
+        self._call(action, "set_registered_model_alias", model, alias, version)
+        ended = {CHAMPION, CANDIDATE} if alias == CHAMPION else {CANDIDATE}
+        for name in ended - {alias} & set(aliases):
+            self._call(action, "delete_registered_model_alias", model, name)
+        for other in {aliases[name] for name in ended & set(aliases)} - {version}:
+            self._call(action, "set_model_version_tag", model, other, STANDING_TAG, SUPERSEDED)
+        return version
+
+    def withdraw_champion(self, model: str) -> None:
+        """See `Tracker`."""
+        action, version = f"withdraw a version of model {model!r}", (self._aliases(model) or {}).get(CHAMPION)
+        if version is not None:
+            self._call(action, "delete_registered_model_alias", model, CHAMPION)
+            self._call(action, "set_model_version_tag", model, version, STANDING_TAG, SUPERSEDED)
+
+    def _model_version(self, model: str, run_id: str, artifact: str) -> str:
+        """The version that is an artifact, made where there is none."""
+        action, source = f"register model {model!r}", f"runs:/{run_id}/{artifact}"
         versions = self._call(action, "search_model_versions", f"name = {_quoted(model)}")
         known = next((entry for entry in versions if entry.run_id == run_id and entry.source == source), None)
-        entry = known or self._call(action, "create_model_version", model, source, run_id)
-        for key, value in tags.items():
-            self._call(action, "set_model_version_tag", model, entry.version, key, _tag_text(value))
-        self._call(action, "set_registered_model_alias", model, CHAMPION, entry.version)
-        return str(entry.version)
+        return str((known or self._call(action, "create_model_version", model, source, run_id)).version)
+
+    def _aliases(self, model: str) -> dict[str, str] | None:
+        """The version of each alias of a registered model; None if there is no such model."""
+        action = f"read registered model {model!r}"
+        if not self._call(action, "search_registered_models", f"name = {_quoted(model)}", max_results=1):
+            return None
+        found = self._call(action, "get_registered_model", model).aliases
+        return {name: str(version) for name, version in dict(found).items()}
 
     def set_state(
         self, run_id: str, state: TrackedState, reason: str | None = None, end_time: float | None = None

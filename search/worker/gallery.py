@@ -6,6 +6,7 @@ the mirror's thread only.
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import tempfile
@@ -16,13 +17,21 @@ from pathlib import Path
 
 import yaml
 
-from search.ledger import KINDS, Ledger, Ticket, WorkerState
+from search.ledger import KINDS, RERUN_KINDS, Ledger, Ticket, WorkerState
+from search.recommendation import Recommendation
 from search.render import LOWEST_PRIORITY, NOTE_FILE, STUDY, TRIALS, RenderJob, start
 from search.review import StudyData, findings, read_study_data
-from search.space import hyperparameters
-from search.tracking import NOTE_TAG, Tracker, TrackingError
-from search.weights import value_row
-from search.worker.records import MirrorContext, metric_name
+from search.tracking import CANDIDATE, CHAMPION, NOTE_TAG, STANDING_TAG, Tracker, TrackingError
+from search.weights import shown_trials, value_row
+from search.worker.records import (
+    FORECAST_FILE,
+    HYP_FILE,
+    MirrorContext,
+    metric_name,
+    read_outlook,
+    recommended_hyp,
+    search_is_over,
+)
 from yolocore.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -36,14 +45,11 @@ COST_SHARE = 0.02
 FINAL_SECONDS = 120.0
 """How long the end of a worker may wait for the last drawing."""
 
-TOP_TRIALS = 3
-"""Trials besides the base that get pictures."""
-
 POLL_SECONDS = 0.1
 REVIEWED_TAG = "yolosearch.reviewed"
 """How many trials had ended when the summary was drawn last."""
 
-CHAMPION_FILE = "weights/best.safetensors"
+WEIGHTS_FILE = "weights/best.safetensors"
 
 
 class Gallery:
@@ -67,8 +73,10 @@ class Gallery:
         self._pictured: set[int] = set()
         """Tickets whose pictures were sent."""
         self._tidied: set[int] = set()
-        self._champion: tuple[str, dict[str, str]] | None = None
-        """Run and tags of the model version that was registered last."""
+        self._registered: tuple[str, str, dict[str, str]] | None = None
+        """Run, alias and tags of the model version that was registered last."""
+        self._weights_line = ""
+        """What the note says about it."""
 
     def poll(self, summary: Callable[[], str]) -> None:
         """Starts a drawing that is due, or sends one that is done. Takes as long as sending takes.
@@ -88,7 +96,7 @@ class Gallery:
 
     def finish(self, summary: Callable[[], str]) -> None:
         """What a finished study shows; where trials are still open, somebody else draws it."""
-        if not self._wanted or any(self._ledger.open_counts(self._study, KINDS).values()):
+        if not self._wanted or not self._is_over():
             self.close()
             return
         run_id, ended = summary(), self._ended()
@@ -117,6 +125,11 @@ class Gallery:
         first = min(workers, key=lambda worker: (worker.started, worker.id), default=None)
         return first is None or first.id == self._context.worker_id
 
+    def _is_over(self) -> bool:
+        """Whether nothing waits or runs; trials that wait in a study that was stopped do not count."""
+        reruns = self._ledger.open_counts(self._study, RERUN_KINDS)
+        return not any(reruns.values()) and search_is_over(self._ledger, self._study)
+
     def _ended(self) -> int:
         counts = self._ledger.counts(self._study, KINDS)
         return sum(count for state, count in counts.items() if state.is_final)
@@ -130,14 +143,9 @@ class Gallery:
         data = read_study_data(self._ledger, self._context.config, self._context.class_names)
         self._folder = Path(tempfile.mkdtemp(prefix="yolosearch-"))
         self._data, self._drawn, self._began = data, self._ended(), time.monotonic()
-        pictures = self._details_of(self._shown_trials(data))
+        pictures = self._details_of(shown_trials(data.every_ticket))
         job = RenderJob(data=data, hyp=self._hyp_text(data), folder=self._folder, pictures=pictures)
         self._process = start(job, priority)
-
-    def _shown_trials(self, data: StudyData) -> list[Ticket]:
-        """The base and the best trials so far."""
-        shown = {ticket.id: ticket for ticket in (data.base, data.best, *data.complete[:TOP_TRIALS]) if ticket}
-        return list(shown.values())
 
     def _details_of(self, tickets: Sequence[Ticket]) -> dict[int, Path]:
         """Local copies of what pictures are drawn from, of the trials that have none yet."""
@@ -153,12 +161,8 @@ class Gallery:
         return found
 
     def _hyp_text(self, data: StudyData) -> str | None:
-        best = data.best
-        if best is None:
-            return None
-        hyp = hyperparameters(self._context.config, best.params or {})
-        how = "confirmed" if findings(data).standing == "confirmed" else "the best so far, unconfirmed"
-        return hyp.to_yaml([f"trial {best.trial_number} of study {self._study}, {how}"])
+        found = data.recommendation
+        return None if found is None else recommended_hyp(self._context.config, found)
 
     def _send(self, run_id: str) -> None:
         """Sends what was drawn, and the numbers that belong to it."""
@@ -173,7 +177,7 @@ class Gallery:
                 why = "takes too long" if process.exitcode is None else f"ended with code {process.exitcode}"
                 logger.warning("the plots of study %s are not in MLflow: drawing %s", self._study, why)
                 return
-            for ticket in self._shown_trials(data):
+            for ticket in shown_trials(data.every_ticket):
                 self._send_pictures(ticket, folder / TRIALS / str(ticket.id))
             self._send_study(run_id, folder / STUDY, data)
             self._tidy(data)
@@ -189,7 +193,7 @@ class Gallery:
 
     def _tidy(self, data: StudyData) -> None:
         """Deletes what pictures are drawn from, of trials that have them or will never be among the best."""
-        shown = {ticket.id for ticket in self._shown_trials(data)} - self._pictured
+        shown = {ticket.id for ticket in shown_trials(data.every_ticket)} - self._pictured
         for ticket in data.tickets:
             if ticket.state.is_final and ticket.id not in shown | self._tidied and self._context.weights is not None:
                 try:
@@ -202,16 +206,20 @@ class Gallery:
         files: dict[str, Path | str] = {
             path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()
         }
+        outlook = read_outlook(self._ledger, self._context.config)
         text = Path(files.pop(NOTE_FILE)).read_text(encoding="utf-8")
+        text = "\n\n".join([text.rstrip(), f"Forecast: {outlook.line()}.", *filter(None, [self._weights_line])])
         if (hyp := self._hyp_text(data)) is not None:
-            files["hyp.best.yaml"] = hyp
+            files[HYP_FILE] = hyp
+        files[FORECAST_FILE] = json.dumps(outlook.to_json(), indent=1)
         files["study.yaml"] = yaml.safe_dump(self._context.config.to_json(), sort_keys=False, allow_unicode=True)
         self._tracker.log_artifacts(run_id, files)
         ended = [ticket for ticket in data.every_ticket if ticket.state.is_final]
         moment = max((ticket.finished or 0.0 for ticket in ended), default=data.now)
         self._tracker.log_epochs(run_id, [(len(ended), self._numbers(data), moment)])
         counts = {f"yolosearch.trials.{state.lower()}": str(count) for state, count in findings(data).counts.items()}
-        best = {} if data.best is None else {"yolosearch.best_trial": str(data.best.trial_number)}
+        found = data.recommendation
+        best = {} if found is None else {"yolosearch.best_trial": str(found.trial)}
         # Last: who finds the tag takes everything for sent.
         self._tracker.set_tags(run_id, {**counts, **best, NOTE_TAG: text, REVIEWED_TAG: str(len(ended))})
 
@@ -240,36 +248,63 @@ class Gallery:
             if name.startswith(("metrics/", "class_ap/"))
         }
 
-    def _send_weights(self, data: StudyData, best: Ticket) -> bool:
-        """Whether there are trained weights of a trial; its run has them then."""
-        store = self._context.weights
-        file = None if store is None else store.find(best.number, value_row(best, data.rows(best)))
-        if store is None or file is None or best.run_id is None:
-            return False
-        with store.fetched(best.number, file) as local:
-            self._tracker.log_artifacts(best.run_id, {CHAMPION_FILE: local})
-        return True
-
     def _register(self, data: StudyData) -> None:
-        """Makes the best trial's weights the champion of the study's registered model."""
-        best = data.best
-        if best is None or best.run_id is None:
+        """Makes the recommended trial's weights a version of the study's registered model.
+
+        Only what a confirmation decided is the champion: its winner, or the base where it found none. The best single
+        run is the candidate.
+        """
+        found = data.recommendation
+        if found is None or found.ticket.run_id is None or self._context.config.train.keep_weights == "none":
             return
-        champion = (best.run_id, self._champion_tags(data, best))
-        if champion == self._champion or not self._send_weights(data, best):
+        alias = CHAMPION if found.is_decided else CANDIDATE
+        wanted = (found.ticket.run_id, alias, self._version_tags(data, found))
+        if wanted == self._registered:
             return
+        has_weights = self._registered is not None and self._registered[0] == found.ticket.run_id
+        has_weights = has_weights or self._send_weights(data, found.ticket)
         try:
-            self._tracker.set_champion(self._study, best.run_id, CHAMPION_FILE, champion[1])
-            self._champion = champion
+            if has_weights:
+                version = self._tracker.register_weights(self._study, wanted[0], WEIGHTS_FILE, alias, wanted[2])
+                self._registered = wanted
+                self._weights_line = f"Weights: version {version} of the registered model, alias `{alias}`."
+            elif found.is_decided:
+                self._miss_champion(found)
         except TrackingError as error:
             # A store without a registry: everything else is there.
             logger.warning("the best weights are not registered: %s", error)
 
-    def _champion_tags(self, data: StudyData, best: Ticket) -> dict[str, str]:
+    def _send_weights(self, data: StudyData, best: Ticket) -> bool:
+        """Whether there are trained weights of a trial; its run has them then."""
+        store = self._context.weights
+        if store is None or best.run_id is None:
+            return False
+        try:
+            file = store.find(best.number, value_row(best, data.rows(best)))
+            if file is None:
+                return False
+            with store.fetched(best.number, file) as local:
+                self._tracker.log_artifacts(best.run_id, {WEIGHTS_FILE: local})
+        except CheckpointError as error:
+            logger.warning("%s", error)
+            return False
+        return True
+
+    def _miss_champion(self, found: Recommendation) -> None:
+        """Says that a confirmation's outcome has no weights, and that what was the champion is none any more."""
+        self._tracker.withdraw_champion(self._study)
+        where = f"no weights of trial {found.trial} ({found.why}) are in {self._context.weights}"
+        if not self._weights_line.startswith("No weights"):
+            logger.warning("study %s: %s, so no model version is its champion", self._study, where)
+        self._weights_line = f"No weights of trial {found.trial} are kept, so no model version is the champion."
+
+    def _version_tags(self, data: StudyData, found: Recommendation) -> dict[str, str]:
+        review = findings(data)
         return {
             "yolosearch.study": self._study,
-            "yolosearch.trial": str(best.trial_number),
-            "yolosearch.standing": findings(data).standing,
-            "yolosearch.value": "" if best.value is None else f"{best.value:.6g}",
+            "yolosearch.trial": str(found.trial),
+            STANDING_TAG: review.standing,
+            "yolosearch.verdict": review.verdict,
+            "yolosearch.value": "" if found.ticket.value is None else f"{found.ticket.value:.6g}",
             "yolosearch.objective": self._context.config.objective.describe(),
         }

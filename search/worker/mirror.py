@@ -25,12 +25,23 @@ from search.database import init_lock
 from search.errors import LeaseLostError
 from search.fidelity import spearman, value_pairs
 from search.ledger import NOISE, EpochRow, Ledger, Ticket, TicketState, front
+from search.recommendation import recommended
 from search.study import tell
 from search.tracking import TrackedState, Tracker
 from search.transforms import hyperparameters
 from search.weights import value_row
 from search.worker.gallery import FINAL_SECONDS, Gallery
-from search.worker.records import MirrorContext, metric_name, plain_name, table_columns
+from search.worker.records import (
+    FORECAST_FILE,
+    HYP_FILE,
+    MirrorContext,
+    metric_name,
+    plain_name,
+    read_outlook,
+    recommended_hyp,
+    search_is_over,
+    table_columns,
+)
 from yolocore.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -231,7 +242,7 @@ class Mirror:
             self._tracker.log_epochs(summary, [(ticket.trial_number, best, ticket.finished)])
         if self._context.config.fidelity is not None:
             self._log_correlation(summary, ticket.trial_number, ticket.finished)
-        if self._is_over():
+        if search_is_over(self._ledger, ticket.study):
             self._close_summary(summary, self._ledger.counts(ticket.study))
 
     def _log_correlation(self, run_id: str, trial_number: int, until: float) -> None:
@@ -255,21 +266,20 @@ class Mirror:
         self._tracker.log_epochs(summary, [(found.done, summary_metrics(found), ticket.finished)])
         self._tracker.log_artifacts(summary, {f"{ticket.kind}.json": json.dumps(found.to_json(), indent=1)})
         if isinstance(found, ConfirmReport):
-            self._tracker.set_tags(summary, {"yolosearch.confirmation": found.verdict()})
-
-    def _is_over(self) -> bool:
-        """Whether the budget is spent, or the study was stopped as somebody wanted and nothing runs any more."""
-        counts = self._ledger.open_counts(self._context.record.name)
-        if not any(counts.values()):
-            return True
-        kind = self._ledger.study(self._context.record.name).stop_kind
-        return kind is not None and kind.is_planned and not counts[TicketState.RUNNING]
+            # What it decides is what the study recommends from now on.
+            self._tracker.set_tags(summary, {"yolosearch.confirmation": found.verdict(), **self._recommend(summary)})
 
     def _conclude(self) -> None:
         """A study that was stopped between two trials has no last one that would close its summary."""
         record = self._ledger.study(self._context.record.name)
-        if record.stop_kind is not None and record.summary_run_id is not None and self._is_over():
+        if record.summary_run_id is None or not search_is_over(self._ledger, record.name):
+            return
+        if record.stop_kind is not None:
             self._close_summary(record.summary_run_id, self._ledger.counts(record.name))
+        self._tracker.log_artifacts(record.summary_run_id, {FORECAST_FILE: self._forecast()})
+
+    def _forecast(self) -> str:
+        return json.dumps(read_outlook(self._ledger, self._context.config).to_json(), indent=1)
 
     def _best_until(self, study: str, moment: float) -> dict[str, float]:
         """The best value of each objective among the trials that had ended, and how many made up the front."""
@@ -289,13 +299,20 @@ class Mirror:
             tags["yolosearch.front"] = ", ".join(str(ticket.trial_number) for ticket in best)
             files = {f"hyp.pareto-{ticket.trial_number}.yaml": self._hyp_text(ticket) for ticket in best}
             self._tracker.log_artifacts(run_id, files)
-        elif (ticket := self._ledger.best(self._context.record.name)) is not None:
-            tags["yolosearch.best_trial"] = str(ticket.trial_number)
-            self._tracker.log_artifacts(run_id, {"hyp.best.yaml": self._hyp_text(ticket)})
+        else:
+            tags |= self._recommend(run_id)
         reason = self._ledger.study(self._context.record.name).stop_reason
         tags["yolosearch.stopped"] = reason or ""
         self._tracker.set_tags(run_id, tags)
         self._tracker.set_state(run_id, TrackedState.COMPLETE)
+
+    def _recommend(self, run_id: str) -> dict[str, str]:
+        """Stores the hyp YAML that the study recommends as its ledger stands; tags that name the trial."""
+        found = recommended(self._ledger, self._context.config)
+        if found is None:
+            return {}
+        self._tracker.log_artifacts(run_id, {HYP_FILE: recommended_hyp(self._context.config, found)})
+        return {"yolosearch.best_trial": str(found.trial)}
 
     def _summary_run(self) -> str:
         """The study's summary run, made once under the database's lock."""
@@ -304,12 +321,13 @@ class Mirror:
         name = self._context.record.name
         run_id = self._ledger.study(name).summary_run_id
         if run_id is None:
+            forecast = self._forecast()
             with init_lock(self._context.storage_url):
                 settings = json.dumps(self._context.record.config, indent=1)
                 self._tracker.ensure_experiment(name, settings)
                 self._tracker.set_table(name, table_columns(self._context.config))
                 run_id = self._tracker.ensure_summary(name, self._context.tags, _flat(self._context.record.config))
-                self._tracker.log_artifacts(run_id, {"study.json": settings})
+                self._tracker.log_artifacts(run_id, {"study.json": settings, FORECAST_FILE: forecast})
                 self._ledger.set_summary_run(name, run_id)
         self._summary = run_id
         return run_id

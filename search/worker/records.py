@@ -7,9 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from search.config import StudyConfig
-from search.ledger import StudyRecord
+from search.ledger import Ledger, StudyRecord, TicketState
+from search.outlook import Outlook, study_outlook
 from search.paths import StudyFolder
+from search.recommendation import Recommendation
+from search.transforms import hyperparameters
 from search.weights import WeightsStore
+from search.worker.lease import is_fresh
+
+HYP_FILE = "hyp.best.yaml"
+FORECAST_FILE = "forecast.json"
 
 METRIC_NAMES = {
     "fitness": "metrics/fitness",
@@ -48,6 +55,28 @@ class MirrorContext:
     worker_id: str = ""
     """Of the worker whose mirror this is."""
     tags: Mapping[str, str] = field(default_factory=dict)
+
+
+def recommended_hyp(config: StudyConfig, found: Recommendation) -> str:
+    """The hyp YAML that the study recommends; its header says what that rests on."""
+    hyp = hyperparameters(config, found.ticket.params or {})
+    return hyp.to_yaml([f"trial {found.trial} of study {config.name}, {found.why}"])
+
+
+def read_outlook(ledger: Ledger, config: StudyConfig) -> Outlook:
+    """The study's forecast as its ledger stands."""
+    record, reports, now = ledger.study(config.name), ledger.all_reports(config.name), ledger.now()
+    live = [worker.id for worker in ledger.workers(config.name) if is_fresh(worker, now)]
+    return study_outlook(config, record, ledger.tickets(config.name), reports, live, now)
+
+
+def search_is_over(ledger: Ledger, study: str) -> bool:
+    """Whether the budget is spent, or the study was stopped as somebody wanted and nothing runs any more."""
+    counts = ledger.open_counts(study)
+    if not any(counts.values()):
+        return True
+    kind = ledger.study(study).stop_kind
+    return kind is not None and kind.is_planned and not counts[TicketState.RUNNING]
 
 
 def metric_name(key: str, class_names: Sequence[str]) -> str:

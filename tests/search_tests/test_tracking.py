@@ -13,6 +13,8 @@ import pytest
 
 from search.launch.mlflow_ui import MlflowUi
 from search.tracking import (
+    CANDIDATE,
+    CHAMPION,
     MlflowTracker,
     NullTracker,
     TrackedState,
@@ -129,13 +131,14 @@ class RecordingConformance(TrackerConformance):
         tags = {"yolosearch.trial_number": "3", "yolosearch.sampler": "tpe"}
         return tracker.ensure_trial_run(study, "3", "trial-00003", HYP, tags)
 
-    def test_set_champion_twice_is_one_version_and_another_artifact_takes_the_alias(
+    def test_register_weights_twice_is_one_version_and_another_artifact_takes_the_alias(
         self, tracker: Tracker, run: str, study: str, reader: Any
     ) -> None:
-        tracker.log_artifacts(run, {"weights/best.safetensors": "tensors"})
+        file = "weights/best.safetensors"
+        tracker.log_artifacts(run, {file: "tensors"})
 
-        first = tracker.set_champion(study, run, "weights/best.safetensors", {"yolosearch.trial": "3"})
-        again = tracker.set_champion(study, run, "weights/best.safetensors", {"yolosearch.standing": "confirmed"})
+        first = tracker.register_weights(study, run, file, CHAMPION, {"yolosearch.trial": "3"})
+        again = tracker.register_weights(study, run, file, CHAMPION, {"yolosearch.standing": "confirmed"})
 
         champion = reader.get_model_version_by_alias(study, "champion")
         assert first == again == str(champion.version)
@@ -143,9 +146,38 @@ class RecordingConformance(TrackerConformance):
         assert champion.tags == {"yolosearch.trial": "3", "yolosearch.standing": "confirmed"}
 
         other = tracker.ensure_trial_run(study, "4", "trial-00004", HYP, {})
-        second = tracker.set_champion(study, other, "weights/best.safetensors", {})
+        second = tracker.register_weights(study, other, file, CHAMPION, {})
         assert second != first
         assert reader.get_model_version_by_alias(study, "champion").run_id == other
+        assert reader.get_model_version(study, first).tags["yolosearch.standing"] == "superseded"
+
+    def test_register_weights_of_a_champion_ends_the_candidate_and_not_the_other_way_round(
+        self, tracker: Tracker, run: str, study: str, reader: Any
+    ) -> None:
+        def aliases() -> dict[str, str]:
+            return {name: str(version) for name, version in reader.get_registered_model(study).aliases.items()}
+
+        file, tag = "weights/best.safetensors", "yolosearch.standing"
+        other = tracker.ensure_trial_run(study, "4", "trial-00004", HYP, {})
+        first = tracker.register_weights(study, run, file, CANDIDATE, {tag: "unconfirmed"})
+        assert aliases() == {"candidate": first}
+
+        second = tracker.register_weights(study, other, file, CHAMPION, {tag: "confirmed"})
+        assert aliases() == {"champion": second}
+        assert reader.get_model_version(study, first).tags[tag] == "superseded"
+
+        # While another confirmation is under way the best single run is a candidate again, beside the champion.
+        assert tracker.register_weights(study, other, file, CANDIDATE, {tag: "unconfirmed"}) == second
+        assert aliases() == {"champion": second}
+        assert reader.get_model_version(study, second).tags[tag] == "confirmed"
+        tracker.register_weights(study, run, file, CANDIDATE, {tag: "unconfirmed"})
+        assert aliases() == {"champion": second, "candidate": first}
+
+        tracker.withdraw_champion(study)
+        tracker.withdraw_champion(study)
+        assert aliases() == {"candidate": first}
+        assert reader.get_model_version(study, second).tags[tag] == "superseded"
+        tracker.withdraw_champion(f"{study}-without-a-model")
 
     def test_ensure_trial_run_writes_name_params_and_tags(self, run: str, study: str, reader: Any) -> None:
         stored = reader.get_run(run)
