@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from search.export import BestTrial
     from search.launch.prepare import StudyPlan
 
-out = Console()
-err = Console(stderr=True)
+# What is printed holds names and paths of the user's: "[/x]" is no markup in them, and ":cat:" no picture.
+out = Console(markup=False, emoji=False)
+err = Console(stderr=True, markup=False, emoji=False)
 
 
 def complete_study(incomplete: str) -> list[str]:

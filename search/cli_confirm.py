@@ -46,6 +46,7 @@ from search.ledger import CONFIRM, NOISE, Ledger, Ticket, TicketState
 from search.paths import data_on_this_host
 from search.report import StudyStatus, new_table
 from search.statistics import Comparison, Spread, detectable_gain
+from yolocore.text import one_line
 
 SEEDS = 5
 TOP = 3
@@ -263,7 +264,7 @@ def _cells(entry: Comparison) -> list[RenderableType]:
 def _label(measure: str, report: ConfirmReport, names: Sequence[str]) -> str:
     if measure.startswith(CLASS_AP):
         index = int(measure.removeprefix(CLASS_AP))
-        return f"AP {names[index] if index < len(names) else index}"
+        return f"AP {one_line(names[index]) if index < len(names) else index}"
     return report.objective.removesuffix(" at the last epoch") if measure == "objective" else measure
 
 

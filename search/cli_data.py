@@ -12,6 +12,7 @@ from rich.table import Table
 
 from search.cli_common import AsJson, err, out, print_json
 from search.errors import UserInputError
+from yolocore.text import one_line
 
 if TYPE_CHECKING:
     from yolocore.data.check import BoxSizes, DatasetReport, SplitReport
@@ -180,7 +181,7 @@ def _print_conversion(report: ConversionReport, drawn: str | None) -> None:
     for column in table.columns[1:]:
         column.justify = "right"
     for index, name in enumerate(report.names):
-        table.add_row(name, *(str(counts[index]) for counts in report.boxes.values()))
+        table.add_row(one_line(name), *(str(counts[index]) for counts in report.boxes.values()))
     table.add_row("images", *map(str, report.images.values()), style="dim")
     table.add_row("  without objects", *map(str, report.background.values()), style="dim")
     out.print(table)
@@ -274,5 +275,5 @@ def _class_table(report: DatasetReport) -> Table:
         for split in report.splits:
             count = split.classes[index]
             cells += [str(count.boxes), f"{count.boxes / max(split.boxes, 1):.1%}", str(count.images)]
-        table.add_row(str(index), name, *cells)
+        table.add_row(str(index), one_line(name), *cells)
     return table

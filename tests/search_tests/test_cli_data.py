@@ -97,6 +97,21 @@ def test_data_check_bad_input_one_line(yolosearch: Command, words: tuple[str, ..
     assert result.err.count("\n") == 1
 
 
+def test_data_check_names_that_look_like_markup_printed_as_they_are(yolosearch: Command, tmp_path: Path) -> None:
+    folder = tmp_path / "[/x]"
+    (folder / "images").mkdir(parents=True)
+    (folder / "labels").mkdir()
+    cv2.imwrite(str(folder / "images" / "a.png"), 9 * cv2.getStructuringElement(cv2.MORPH_RECT, (20, 20)))
+    (folder / "labels" / "a.txt").write_text("0 0.5 0.5 0.2 0.2\n")
+    names = ["[/x]", "[red]b", ":cat:", "c\n\x1b[31md"]
+    (folder / "d.yaml").write_text(json.dumps({"train": "images", "val": "images", "names": names}))
+    result = yolosearch("data", "check", folder / "d.yaml", "--sheet", folder / "s.png")
+    assert (result.code, (folder / "s.png").is_file()) == (0, True)
+    for shown in ("[/x]", "[red]b", ":cat:", r"c\n\x1b[31md"):
+        assert f" {shown} " in result.out
+        assert f"class {shown} has " in result.err
+
+
 # ------------------------------------------------------------------------------------------- convert
 
 
@@ -122,6 +137,13 @@ def test_data_convert_then_check_is_usable(yolosearch: Command, tmp_path: Path) 
         ("train", 4, 4),
         ("val", 1, 1),
     ]
+
+
+def test_data_convert_name_that_looks_like_markup_printed_as_it_is(yolosearch: Command, tmp_path: Path) -> None:
+    source = coco_folder(tmp_path / "coco")
+    (source / "train.json").write_text((source / "train.json").read_text().replace('"cell"', '"[/x]"'))
+    result = yolosearch("data", "convert", "--from", "coco", source, tmp_path / "yolo")
+    assert (result.code, "[/x] " in result.out) == (0, True)
 
 
 def test_data_convert_json_and_one_file_as_source(yolosearch: Command, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from search.cli_common import out
 from search.cli_confirm import _split_table
 from search.config import StudyConfig, parse_study
 from search.confirm import (
@@ -313,6 +314,17 @@ def test_split_table_fits_80_columns_uncut(ledger: Ledger, config: StudyConfig) 
     assert max(map(len, map(str.rstrip, text.splitlines()))) <= 80
     assert "AP a class name" in text
     assert [word in text for word in ("better", "worse", "none shown")] == [True] * 3
+
+
+def test_split_table_class_name_that_looks_like_markup_printed_as_it_is(ledger: Ledger, config: StudyConfig) -> None:
+    add_confirmation(ledger, config, top=3, seeds=5, epochs=3)
+    rerun_all(ledger, CONFIRM, {3: 0.02, 4: -0.02})
+    report = confirm_report(ledger, config, 3)
+
+    with out.capture() as capture:
+        out.print(_split_table(report, report.judgements[:2], ["[/x]\n:cat:"]))
+
+    assert "AP [/x]\\n:cat:" in capture.get()
 
 
 def test_confirm_report_under_way_is_not_over(ledger: Ledger, config: StudyConfig) -> None:

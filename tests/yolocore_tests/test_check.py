@@ -133,16 +133,34 @@ def test_check_dataset_copied_and_orphaned_files_are_warnings(source: Path) -> N
     assert leak in report.warnings
 
 
-def test_check_dataset_truncated_jpeg_is_found_by_decoding(source: Path) -> None:
+def test_check_dataset_truncated_jpeg_is_a_warning_found_by_decoding(source: Path) -> None:
     image = source.parent / "images" / "val" / "f.jpg"
     cv2.imwrite(str(image), cv2.imread(str(image.with_name("e.png"))))
     image.write_bytes(image.read_bytes()[:-3000])
+    quick, _ = check_dataset(load_dataset_config(source), splits=["val"], decode=False)
+    full, _ = check_dataset(load_dataset_config(source), splits=["val"])
+    assert (quick.errors, full.errors, full.usable) == ((), (), True)
+    warning = f"{image}: the JPEG has no end marker; pixels that are missing are made up"
+    assert (warning in quick.warnings, warning in full.warnings) == (False, True)
+
+
+def test_check_dataset_jpeg_cut_off_in_its_header_is_an_error_found_by_decoding(source: Path) -> None:
+    image = source.parent / "images" / "val" / "f.jpg"
+    cv2.imwrite(str(image), cv2.imread(str(image.with_name("e.png"))))
+    content = image.read_bytes()
+    image.write_bytes(content[: content.index(b"\xff\xda")])  # the size is there, and no pixel
     quick, _ = check_dataset(load_dataset_config(source), splits=["val"], decode=False)
     full, _ = check_dataset(load_dataset_config(source), splits=["val"])
     assert (quick.errors, full.errors) == (
         (),
         (f"{image}: cannot decode the image; allowed are intact {allowed_suffixes()} files",),
     )
+
+
+def test_check_dataset_name_with_a_line_break_warnings_of_one_line(source: Path) -> None:
+    source.write_text(source.read_text().replace("dog", '"d\\nog"'))
+    report, _ = check_dataset(load_dataset_config(source))
+    assert f"{source}: val: class d\\nog has no box" in report.warnings
 
 
 def test_check_dataset_no_label_at_all_is_an_error(source: Path) -> None:

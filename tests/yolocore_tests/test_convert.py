@@ -216,6 +216,8 @@ def test_find_coco_files_unclear_layout_one_line(names: tuple[str, ...], tmp_pat
         ({"annotations": [entry(bbox=BOX[:3])]}, r"annotations\[0\]\.bbox: 3 numbers; expected 4"),
         ({"annotations": [entry(bbox=[0, 0, 1, float("nan")])]}, r"annotations\[0\]\.bbox: got"),
         ({"annotations": [entry(bbox=[0, 0, 1, "2"])]}, r"annotations\[0\]\.bbox: got"),
+        ({"annotations": [entry(bbox=[0, 0, 1, 10**400])]}, r"annotations\[0\]\.bbox: got .* -1e\+09 to 1e\+09$"),
+        ({"annotations": [entry(segmentation=[[1e200] * 6])]}, r"annotations\[0\]\.segmentation\[0\]: got"),
         ({"annotations": [entry(bbox=None)]}, r"annotations\[0\]\.bbox: missing"),
         ({"annotations": [7]}, r"annotations\[0\]\.image_id: missing"),
         ({"images": [{"id": "5", "file_name": "a.png"}]}, r"images\[0\]\.id: got '5'; allowed: a whole number"),
@@ -223,6 +225,8 @@ def test_find_coco_files_unclear_layout_one_line(names: tuple[str, ...], tmp_pat
         ({"images": [{"id": 5, "file_name": "a.txt"}]}, r"images\[0\]\.file_name: 'a\.txt' is no image"),
         ({"images": [{"id": 5, "file_name": "a.png", "height": 80, "width": 40}]}, r"for 40x80 pixels, .*g has 80x40"),
         ({"images": [{"id": 5, "file_name": "a.png"}] * 2}, r"images\[1\]\.id: 5 appears twice"),
+        ({"categories": [{"id": 3, "name": "\ud800"}]}, r"categories\[0\]\.name: got '\\ud800'; allowed: text"),
+        ({"images": [{"id": 5, "file_name": "a.png", "height": 40.5, "width": 80}]}, r"height: got 40\.5; allowed"),
         ({"categories": [{"id": 3, "name": "a"}, {"id": 4, "name": "a"}]}, r"categories\[1\]: id 4 or name 'a'"),
     ],
 )  # fmt: skip
@@ -244,6 +248,12 @@ def test_read_coco_no_coco_file_one_line(text: str, message: str, tmp_path: Path
     (tmp_path / "train.json").write_text(text)
     with pytest.raises(DatasetError, match=message):
         read_coco({"train": tmp_path / "train.json"}, tmp_path)
+
+
+def test_read_coco_size_written_as_floats_accepted(tmp_path: Path) -> None:
+    images = [{"id": 5, "file_name": "a.png", "height": 40.0, "width": 80.0}]
+    source = read_coco({"train": coco(tmp_path, images=images)}, tmp_path)
+    assert source.splits["train"][0].size == (40, 80)
 
 
 def test_read_coco_missing_images_skipped_on_request(tmp_path: Path) -> None:
@@ -327,6 +337,14 @@ def test_read_voc_malformed_one_line_with_its_file(text: str, message: str, tmp_
         read_voc(folder)
     assert str(caught.value).startswith(str(folder / "Annotations" / "a.xml"))
     assert "\n" not in str(caught.value)
+
+
+def test_read_voc_list_that_is_no_text_one_line(tmp_path: Path) -> None:
+    folder = voc(tmp_path, a=voc_text("a.png", (40, 80), CAT))
+    (folder / "ImageSets" / "Main").mkdir(parents=True)
+    (folder / "ImageSets" / "Main" / "train.txt").write_bytes(b"a\n\xff\n")
+    with pytest.raises(DatasetError, match=r"Main/train\.txt: not UTF-8 text \(byte 2\)"):
+        read_voc(folder)
 
 
 # ------------------------------------------------------------------------------------------- malice

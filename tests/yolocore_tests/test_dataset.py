@@ -1,7 +1,9 @@
 """Data set YAML, splits, labels and fingerprint: what is accepted, and one clear line for what is not."""
 
 import json
+import re
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from yolocore.data.dataset import (
     parse_labels,
     scan_split,
 )
-from yolocore.data.images import label_path, native_size, read_image
+from yolocore.data.images import label_path, native_size, read_damaged_image, read_image
 from yolocore.errors import DatasetError
 
 LABEL_CASES: dict[str, Any] = json.loads(
@@ -197,6 +199,37 @@ def test_scan_split_bccd_counts_match(fixtures_dir: Path) -> None:
 # ------------------------------------------------------------------------------------------- broken data sets
 
 
+@pytest.mark.parametrize("missing", [2, 3, 300])
+def test_read_image_jpeg_without_end_marker_same_pixels_as_imread(missing: int, tmp_path: Path) -> None:
+    path = tmp_path / "a.jpg"
+    cv2.imwrite(str(path), np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8))
+    whole, content = read_image(path), path.read_bytes()
+    path.write_bytes(content[:-missing])
+    found, completed = read_damaged_image(path)
+    assert completed
+    np.testing.assert_array_equal(found, cv2.imread(str(path)))
+    np.testing.assert_array_equal(found[:40], whole[:40])
+    path.write_bytes(content + b"tail")
+    assert not read_damaged_image(path)[1]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("0 1e39 .5 .2 .2", "'1e39' is too large"),
+        ("-1e300 .5 .5 .2 .2", "'-1e300' is too large"),
+        ("0 inf .5 .2 .2", "x is inf"),
+        ("0 inf .5 -inf .5 .2 .2", "x is nan"),
+        ("0 3e38 3e38 3e38 3e38 3e38 3e38", "x is inf"),
+    ],
+)
+def test_parse_labels_numbers_beyond_float32_one_line_and_no_warning(line: str, message: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(DatasetError, match=re.escape(f"a.txt:2: {message}")):
+            parse_labels(f"0 .5 .5 .2 .2\n{line}\n", "a.txt", 2)
+
+
 def rewrite(name: str, text: str | bytes) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         path = folder / name
@@ -260,6 +293,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
         (f"{YAML}: names", "True", "quotes"),
     ),
     "name twice": (with_yaml(names=["cat", "cat"]), (f"{YAML}: names", "'cat'", "more than once")),
+    "half a character": (with_yaml(names=["a\ud800"]), (f"{YAML}: names", "class 0", "\\ud800", "expected text")),
     "no name": (with_yaml(names=[]), (f"{YAML}: names", "missing")),
     "nc differs": (with_yaml(nc=3), (f"{YAML}: nc", "3", "2 entries")),
     "class out of range": (

@@ -47,6 +47,13 @@ def test_contact_sheet_many_long_names_and_edge_boxes_fit(tmp_path: Path) -> Non
     assert many.height > few.height
 
 
+def test_contact_sheet_names_with_control_characters_drawn_on_one_line(tmp_path: Path) -> None:
+    row = [[0, 0.5, 0.5, 0.5, 0.5]]
+    plain = contact_sheet([item(tmp_path, "a.png", row)], ["cat"], "pets")
+    odd = contact_sheet([item(tmp_path, "a\nb.png", row)], ["c\na\x1bt\u2028"], "pe\nts")
+    assert odd.size == plain.size
+
+
 def test_class_colour_first_twenty_classes_differ() -> None:
     colours = np.array([class_colour(index) for index in range(20)])
     distance = np.abs(colours[:, None] - colours[None]).sum(axis=2) + 1000 * np.eye(20)

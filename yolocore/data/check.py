@@ -27,8 +27,9 @@ from yolocore.data.dataset import (
     label_text,
     labelled_image,
 )
-from yolocore.data.images import label_path, read_image
+from yolocore.data.images import label_path, read_damaged_image
 from yolocore.errors import DatasetError
+from yolocore.text import one_line
 
 SPLITS: tuple[SplitName, ...] = ("train", "val", "test")
 FEW_BOXES = 50
@@ -216,8 +217,8 @@ def _inspect(path: Path, config: DatasetConfig, decode: bool) -> _Inspected:
     try:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         item = labelled_image(path, config, [])
-        if decode:
-            read_image(path)
+        if decode and read_damaged_image(path)[1]:
+            warnings.append(f"{path}: the JPEG has no end marker; pixels that are missing are made up")
     except (DatasetError, OSError) as error:
         if str(error) not in errors:
             errors.append(str(error) if isinstance(error, DatasetError) else f"{path}: cannot read ({error.strerror})")
@@ -285,7 +286,7 @@ def _orphans(config: DatasetConfig, split: SplitName, paths: Sequence[Path]) -> 
 def _class_warnings(config: DatasetConfig, reports: Sequence[SplitReport]) -> Iterator[str]:
     for report in reports:
         for count in report.classes:
-            where = f"{config.source}: {report.split}: class {count.name}"
+            where = f"{config.source}: {report.split}: class {one_line(count.name)}"
             if not count.boxes:
                 yield f"{where} has no box"
             elif report.split == "train" and count.boxes < FEW_BOXES:

@@ -21,9 +21,12 @@ from yolocore.data.sources import (
     safe_relative,
 )
 from yolocore.errors import DatasetError
+from yolocore.text import is_unicode
 
 CROWD = "crowd regions"
 MISSING = "images that do not exist"
+_FARTHEST = 1e9
+"""Coordinates are pixels: what is farther out is no coordinate, and squares of much larger ones are no numbers."""
 _SPLIT_WORDS: tuple[tuple[SplitName, tuple[str, ...]], ...] = (
     ("train", ("train",)),
     ("val", ("val", "valid", "validation")),
@@ -136,7 +139,7 @@ def _categories(file: Path, document: Mapping[str, list[Any]]) -> dict[int, str]
         where = f"{file}: categories[{index}]"
         key = _whole(f"{where}.id", _get(where, entry, "id"))
         name = _get(where, entry, "name")
-        if not isinstance(name, str) or not name.strip():
+        if not isinstance(name, str) or not name.strip() or not is_unicode(name):
             raise DatasetError(f"{where}.name: got {name!r}; allowed: text")
         if key in names or name in names.values():
             raise DatasetError(f"{where}: id {key} or name {name!r} appears twice; both must be unique")
@@ -215,7 +218,7 @@ class _CocoFile:
             return None
         declared = None
         if entry.get("height") and entry.get("width"):
-            declared = (_whole(f"{where}.height", entry["height"]), _whole(f"{where}.width", entry["width"]))
+            declared = (_pixels(f"{where}.height", entry["height"]), _pixels(f"{where}.width", entry["width"]))
         size = checked_size(where, file, declared)
         return SourceImage(where, file, str(name), size, tuple(objects.get(entry["id"], ())))
 
@@ -242,12 +245,22 @@ def _whole(where: str, value: object) -> int:
     return value
 
 
+def _pixels(where: str, value: object) -> int:
+    """A whole number, also one that some tool has written as 640.0."""
+    return _whole(where, int(value) if isinstance(value, float) and value.is_integer() else value)
+
+
 def _numbers(where: str, value: object) -> list[float]:
-    numbers = isinstance(value, list) and all(isinstance(v, int | float) and not isinstance(v, bool) for v in value)
-    if not numbers or not np.isfinite(np.array(value, dtype=np.float64)).all():
-        raise DatasetError(f"{where}: got {str(value)[:60]}; allowed: a list of finite numbers")
-    assert isinstance(value, list)
+    if not isinstance(value, list) or not all(_is_coordinate(v) for v in value):
+        raise DatasetError(
+            f"{where}: got {str(value)[:60]}; allowed: a list of numbers from {-_FARTHEST:g} to {_FARTHEST:g}"
+        )
     return [float(v) for v in value]
+
+
+def _is_coordinate(value: object) -> bool:
+    # Not NaN either, of which no comparison holds.
+    return isinstance(value, int | float) and not isinstance(value, bool) and -_FARTHEST <= value <= _FARTHEST
 
 
 def _corners(where: str, bbox: object) -> Corners:

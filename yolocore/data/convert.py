@@ -16,6 +16,7 @@ from yolocore.data.dataset import SplitName
 from yolocore.data.images import label_path
 from yolocore.data.sources import Points, SourceDataset, SourceImage, SourceObject
 from yolocore.errors import DatasetError
+from yolocore.text import one_line
 
 YAML_NAME = "data.yaml"
 MARK = "# Converted by yolosearch from "
@@ -68,7 +69,9 @@ def select_classes(source: SourceDataset, names: Sequence[str]) -> SourceDataset
     """
     for name in names:
         if name not in source.names:
-            raise DatasetError(f"classes: {name!r} is not in the data; allowed: {', '.join(source.names)}")
+            raise DatasetError(
+                f"classes: {name!r} is not in the data; allowed: {', '.join(map(one_line, source.names))}"
+            )
         if list(names).count(name) > 1:
             raise DatasetError(f"classes: {name!r} appears twice")
     skipped = Counter(source.skipped)

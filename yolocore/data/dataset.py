@@ -1,6 +1,7 @@
 """YOLO data sets: the data set YAML, the images of a split, their checked labels, and the fingerprint of it all."""
 
 import hashlib
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from yolocore.data.images import IMAGE_SUFFIXES, allowed_suffixes, label_path, native_size
 from yolocore.errors import DatasetError
+from yolocore.text import is_unicode
 
 SplitName = Literal["train", "val", "test"]
 Float32Array = NDArray[np.float32]
@@ -21,6 +23,7 @@ SINGLE_CLASS = "item"
 """What YOLOv5 calls the class that takes the place of all others."""
 _BOX_COLUMNS = 5
 _SHOWN_VALUE = 60
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,7 +157,7 @@ def _names(source: Path, value: object) -> tuple[str, ...]:
 
 def _name(source: Path, index: int, value: object) -> str:
     # YAML reads bare no, yes, on and off as booleans: a class called "no" would silently become "False".
-    if isinstance(value, bool) or not isinstance(value, str | int | float) or value == "":
+    if isinstance(value, bool) or not isinstance(value, str | int | float) or value == "" or not is_unicode(str(value)):
         raise DatasetError(f"{source}: names: class {index} is {_shown(value)}; expected text (put it into quotes)")
     return str(value)
 
@@ -475,13 +478,17 @@ def _label_line(where: str, number: int, tokens: list[str], as_polygons: bool, n
 def _numbers(where: str, tokens: list[str]) -> Float32Array:
     if not tokens:
         raise DatasetError(f"{where}: the line holds only spaces; expected class x y w h, or nothing at all")
-    values = []
-    for token in tokens:
-        try:
-            values.append(float(token))
-        except ValueError:
-            raise DatasetError(f"{where}: {_shown(token)} is not a number; expected class x y w h") from None
-    return np.array(values, dtype=np.float32)
+    return np.array([_number(where, token) for token in tokens], dtype=np.float32)
+
+
+def _number(where: str, token: str) -> float:
+    try:
+        value = float(token)
+    except ValueError:
+        raise DatasetError(f"{where}: {_shown(token)} is not a number; expected class x y w h") from None
+    if _LARGEST < abs(value) < math.inf:
+        raise DatasetError(f"{where}: {_shown(token)} is too large; expected class x y w h, fractions from 0 to 1")
+    return value
 
 
 def _polygon(where: str, values: Float32Array) -> Float32Array:
@@ -496,7 +503,8 @@ def _polygon(where: str, values: Float32Array) -> Float32Array:
 
 def _box_around(points: Float32Array) -> Float32Array:
     low, high = points.min(axis=0), points.max(axis=0)
-    return np.concatenate(((low + high) / np.float32(2), high - low)).astype(np.float32)
+    with np.errstate(all="ignore"):  # what is not finite is refused with its line
+        return np.concatenate(((low + high) / np.float32(2), high - low)).astype(np.float32)
 
 
 def _check_row(where: str, row: Float32Array, num_classes: int) -> None:

@@ -15,6 +15,7 @@ IMAGE_SUFFIXES = frozenset(
 SMALLEST_SIDE = 10
 _EXIF_ORIENTATION = 0x0112
 _TURNED_BY_90 = frozenset((5, 6, 7, 8))
+_JPEG_START, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
 
 UInt8Array = NDArray[np.uint8]
 
@@ -63,7 +64,7 @@ def _header_size(path: Path) -> tuple[int, int] | None:
 
 
 def read_image(path: Path) -> UInt8Array:
-    """Decode an image file.
+    """Decode an image file; a JPEG that is cut off is completed, as YOLOv5 does.
 
     Args:
         path: The image file.
@@ -74,16 +75,41 @@ def read_image(path: Path) -> UInt8Array:
     Raises:
         DatasetError: The file is missing or cannot be decoded.
     """
+    image, _ = read_damaged_image(path)
+    return image
+
+
+def read_damaged_image(path: Path) -> tuple[UInt8Array, bool]:
+    """Decode an image file as `read_image` does, and say whether it had to be completed.
+
+    Args:
+        path: The image file.
+
+    Returns:
+        The image, and whether it is a JPEG without its end marker.
+
+    Raises:
+        DatasetError: The file is missing or cannot be decoded.
+    """
     try:
-        data = np.fromfile(path, dtype=np.uint8)
-        image = cv2.imdecode(data, cv2.IMREAD_COLOR) if data.size else None
+        data = path.read_bytes()
     except OSError as error:
         raise DatasetError(f"{path}: cannot read the image ({error.strerror or error})") from None
-    except cv2.error:
-        image = None
+    image, completed = _decoded(data), False
+    if image is None and data.startswith(_JPEG_START):
+        # From memory OpenCV refuses a JPEG without an end marker, which `cv2.imread` decodes: same pixels with one.
+        image, completed = _decoded(data + _JPEG_END), True
     if image is None:
         raise DatasetError(f"{path}: cannot decode the image; allowed are intact {allowed_suffixes()} files")
-    return np.asarray(image, dtype=np.uint8)
+    return image, completed
+
+
+def _decoded(data: bytes) -> UInt8Array | None:
+    try:
+        image = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), cv2.IMREAD_COLOR) if data else None
+    except cv2.error:
+        return None
+    return None if image is None else np.asarray(image, dtype=np.uint8)
 
 
 def allowed_suffixes() -> str:

@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from yolocore.data.dataset import LabelledImage
 from yolocore.data.images import read_image
+from yolocore.text import one_line
 
 SHEET_IMAGES = 12
 _COLUMNS = 3
@@ -66,13 +67,13 @@ def contact_sheet(images: Sequence[LabelledImage], names: Sequence[str], title: 
     rows = -(-len(images) // _COLUMNS)
     page = Image.new("RGB", (width, legend + rows * (_CELL_HEIGHT + _CAPTION + _GAP) + _GAP), _PAPER)
     draw = ImageDraw.Draw(page)
-    draw.text((_GAP, _GAP), title, fill=_INK, font=_font(18))
+    draw.text((_GAP, _GAP), one_line(title), fill=_INK, font=_font(18))
     for (index, text), (x, y) in zip(entries, places, strict=True):
         _tag(draw, (x, y), text, class_colour(index), _font(16))
     for number, item in enumerate(images):
         left = _GAP + (number % _COLUMNS) * (_CELL_WIDTH + _GAP)
         top = legend + (number // _COLUMNS) * (_CELL_HEIGHT + _CAPTION + _GAP)
-        caption = f"{item.image.name}   {item.size[1]}x{item.size[0]}, {len(item.labels)} boxes"
+        caption = f"{one_line(item.image.name)}   {item.size[1]}x{item.size[0]}, {len(item.labels)} boxes"
         draw.text((left, top + 4), caption, fill=_INK, font=_font(_TEXT))
         page.paste(_cell(item, names), (left, top + _CAPTION))
     return page
@@ -153,7 +154,8 @@ def _legend_places(texts: Sequence[str], width: int) -> tuple[list[tuple[int, in
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= _MAX_NAME else name[: _MAX_NAME - 3] + "..."
+    line = one_line(name)
+    return line if len(line) <= _MAX_NAME else line[: _MAX_NAME - 3] + "..."
 
 
 @cache

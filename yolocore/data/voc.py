@@ -80,7 +80,7 @@ def _annotation_files(root: Path) -> dict[SplitName, list[Path]]:
 def _listed(listing: Path, folder: Path) -> list[Path]:
     """The XML files that a list of stems names; a second column (of per-class lists) is ignored."""
     files = []
-    for number, line in enumerate(listing.read_text(encoding="utf-8-sig").splitlines(), start=1):
+    for number, line in enumerate(_list_text(listing).splitlines(), start=1):
         if not line.strip():
             continue
         where = f"{listing}:{number}"
@@ -89,6 +89,15 @@ def _listed(listing: Path, folder: Path) -> list[Path]:
             raise DatasetError(f"{where}: {file} does not exist")
         files.append(file)
     return files
+
+
+def _list_text(listing: Path) -> str:
+    try:
+        return listing.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise DatasetError(f"{listing}: cannot read the list ({error.strerror or error})") from None
+    except UnicodeDecodeError as error:
+        raise DatasetError(f"{listing}: not UTF-8 text (byte {error.start}); expected names of XML files") from None
 
 
 class _VocReader:
