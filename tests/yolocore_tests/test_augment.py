@@ -150,6 +150,26 @@ def test_resized_shape_golden_sizes_exact(geometry: dict[str, np.ndarray]) -> No
     assert [list(resized_shape(size, 320)) for size in sizes] == geometry["load_image_320/hw_resized"].tolist()
 
 
+def test_to_corners_golden_boxes_exact(geometry: dict[str, np.ndarray]) -> None:
+    labels = with_class(geometry["boxes/xywhn"])
+    corners = to_corners(labels, (217, 333), (12.5, 3.25))[:, 1:]
+    np.testing.assert_array_equal(corners, geometry["boxes/xywhn2xyxy_w333_h217_padw12.5_padh3.25"])
+
+
+def test_to_fractions_golden_boxes_exact_clipped_and_inside(geometry: dict[str, np.ndarray]) -> None:
+    corners = with_class(geometry["boxes/xywhn2xyxy_w333_h217_padw12.5_padh3.25"])
+    fractions = to_fractions(corners, (230, 350))[:, 1:]
+    np.testing.assert_array_equal(fractions, geometry["boxes/xyxy2xywhn_w350_h230_clip_eps1e-3"])
+    # There is no other way to ask for it, but boxes that lie inside are the same without clipping.
+    inside = (corners[:, 1:] >= 0).all(axis=1) & (corners[:, 3:] <= (349.999, 229.999)).all(axis=1)
+    assert 0 < inside.sum() < len(inside)
+    np.testing.assert_array_equal(fractions[inside], geometry["boxes/xyxy2xywhn_w350_h230_noclip"][inside])
+
+
+def with_class(boxes: np.ndarray) -> np.ndarray:
+    return np.concatenate((np.zeros((len(boxes), 1), np.float32), boxes), axis=1)
+
+
 def test_resize_to_fit_shrinking_for_validation_averages_areas() -> None:
     image = np.zeros((4, 4, 3), np.uint8)
     image[:, 2:] = 100

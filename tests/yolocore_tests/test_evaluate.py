@@ -9,7 +9,7 @@ from torch import Tensor
 
 from yolocore.data.loader import ImageInfo
 from yolocore.device import resolve_precision
-from yolocore.evaluate import Evaluation, evaluate
+from yolocore.evaluate import Evaluation, _to_native, evaluate
 from yolocore.hyperparameters import Hyperparameters
 from yolocore.loss import LossWeights
 from yolocore.metrics import DetectionMetrics
@@ -53,6 +53,22 @@ def golden_infos(golden: Golden, prefix: str) -> list[ImageInfo]:
 
 def golden_evaluation(golden: Golden, case: str, weights: LossWeights, slots: int = 1) -> Evaluation:
     return Evaluation(slots, weights, torch.from_numpy(golden[f"{case}/anchors_grid_units_used_in_loss"]), 4.0)
+
+
+@pytest.mark.parametrize(
+    ("case", "native", "gain", "pad"),
+    [
+        ("256x320_to_240x333_auto", (240, 333), 320 / 333, (0.0, (256 - 240 * 320 / 333) / 2)),
+        ("256x320_to_375x500_gain0.64_pad0_8", (375, 500), 0.64, (0.0, 8.0)),
+    ],
+)
+def test_to_native_golden_boxes_same(
+    case: str, native: tuple[int, int], gain: float, pad: tuple[float, float], small_golden_dir: Path
+) -> None:
+    golden = np.load(small_golden_dir / "geometry.npz")
+    boxes = golden["boxes/xywhn2xyxy_w333_h217_padw12.5_padh3.25"]
+    mapped = _to_native(boxes, np.zeros(len(boxes), dtype=np.int64), [ImageInfo(native, gain, pad)])
+    np.testing.assert_allclose(mapped, golden[f"boxes/scale_boxes_from{case}"], rtol=0, atol=1e-4)
 
 
 def figures(metrics: DetectionMetrics) -> list[float]:

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,14 +11,17 @@ import torch
 from device_guard import DeviceGuardError, backward, run_guarded
 from fill_rule import DEFAULT_ANCHORS, fill_image, nano_state
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from yolocore.assign import assign_targets
 from yolocore.errors import WeightsError
 from yolocore.loss import LossWeights, detection_loss
 from yolocore.model import ANCHORS_KEY, STRIDES, YOLOv5, initial_state
 from yolocore.model.anchors import grid_anchors, order_anchors
-from yolocore.model.blocks import concat_slots
-from yolocore.model.yolov5 import SCALINGS, detect_prior
+from yolocore.model.blocks import _FUSED_INFERENCE, concat_slots
+from yolocore.model.yolov5 import SCALINGS, Scaling, detect_prior
+from yolocore.postprocess import decode
+from yolocore.training.pack import fresh_state
 
 
 def golden_images(dtype: torch.dtype = torch.float32) -> Tensor:
@@ -86,6 +90,12 @@ def test_scaling_repeats_and_channels_follow_the_size() -> None:
         "n": [1, 1, 2, 3], "s": [1, 1, 2, 3], "m": [1, 2, 4, 6], "l": [1, 3, 6, 9], "x": [1, 4, 8, 12],
     }  # fmt: skip
     assert [SCALINGS[s].channels(64) for s in "nsmlx"] == [16, 32, 48, 64, 80]
+
+
+def test_scaling_channels_round_up_as_the_golden_divisible_by_8(small_golden_dir: Path) -> None:
+    golden = np.load(small_golden_dir / "geometry.npz")
+    rounded = [Scaling(depth=1.0, width=width).channels(1) for width in golden["make_divisible8_in"].tolist()]
+    assert rounded == golden["make_divisible8_out"].tolist()
 
 
 def test_fill_rule_reproduces_the_golden_checksums(small_golden_dir: Path) -> None:
@@ -179,6 +189,48 @@ def test_forward_nano_layer_outputs_equal_golden_sums(golden_dir: Path, small_go
         model(golden_images())
     assert seen == shapes
     np.testing.assert_allclose(sums, golden, rtol=1e-5, atol=1e-2)
+
+
+# Not here: `eval_tta_decoded`. Test-time augmentation is no part of training or validation, and the product has none.
+
+
+def test_forward_weights_rounded_as_training_starts_decode_to_golden(golden_dir: Path) -> None:
+    golden = np.load(golden_dir / "model_forward.npz")
+    model = YOLOv5.stack("n", 3, [fresh_state(nano_state())["model"]]).eval()
+    with torch.no_grad():
+        decoded = decode(model(golden_images()), model.anchors, model.strides)[0]
+    assert max_gap(decoded, golden["eval_decoded_half_rounded_weights"]) < 3e-4
+    assert max_gap(decoded, golden["eval_decoded"]) > 1e-2  # rounding shows
+
+
+class Convolutions(TorchDispatchMode):
+    """Records weight and bias of every convolution as they reach the kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[Tensor, Tensor | None]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "convolution" in str(func):
+            self.seen.append((args[1], args[2]))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(not _FUSED_INFERENCE, reason="torch without oneDNN evaluates layer by layer")
+def test_forward_evaluation_folds_the_statistics_into_the_golden_weights(
+    golden_dir: Path, small_golden_dir: Path
+) -> None:
+    golden = np.load(golden_dir / "model_forward.npz")
+    parameters = json.loads((small_golden_dir / "model_fill_checksums.json").read_text())["fused_params"]
+    model = golden_model().eval()
+    with torch.no_grad(), Convolutions() as convolutions:
+        decoded = decode(model(golden_images()), model.anchors, model.strides)[0]
+    weight, bias = convolutions.seen[0]
+    assert bias is not None
+    assert max_gap(bias, golden["fused_model.0.conv.bias"]) < 1e-6
+    assert max_gap(weight.double().sum((1, 2, 3)), golden["fused_model.0.conv.weight_sum"]) < 1e-5
+    assert sum(t.numel() for pair in convolutions.seen for t in pair if t is not None) == parameters
+    assert max_gap(decoded, golden["eval_decoded"]) < 3e-4
 
 
 # Stacking

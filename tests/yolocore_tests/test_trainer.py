@@ -1,5 +1,6 @@
 """The trainer on a tiny data set written to disk."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,9 +12,10 @@ import torch
 from yolocore.checkpoint import load, save_atomic, save_weights
 from yolocore.errors import InputError, TrainingError, WeightsError
 from yolocore.hyperparameters import Hyperparameters
-from yolocore.model import initial_state
+from yolocore.model import ANCHORS_KEY, initial_state
 from yolocore.training import EpochReport, PackTrainer, SlotStart, TrainConfig, TrainingData
 from yolocore.training.pack import fresh_state
+from yolocore.training.start import start_weights
 
 HYPS = (Hyperparameters(mosaic=0.0), Hyperparameters(mosaic=0.0, box=0.1, obj=2.0, lr0=0.03))
 
@@ -301,6 +303,41 @@ def test_weights_file_of_which_nothing_fits_raises(config, data, tmp_path) -> No
 
 
 @pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        (ANCHORS_KEY, lambda t: t * 0, r"tensor 'model\.24\.anchors' holds 0; allowed: widths and heights above 0"),
+        (ANCHORS_KEY, lambda t: -t, r"tensor 'model\.24\.anchors' holds -1\.25; allowed"),
+        ("model.2.cv1.conv.weight", lambda t: t * math.nan, r"tensor 'model\.2\.cv1\.conv\.weight' holds nan; allowed"),
+        (
+            "model.2.cv1.bn.weight",
+            lambda t: t + 1e5,
+            r"tensor 'model\.2\.cv1\.bn\.weight' holds 100001; allowed: .* 65504",
+        ),
+        (
+            "model.3.bn.running_var",
+            lambda t: t - 9,
+            r"tensor 'model\.3\.bn\.running_var' holds -8\.1; allowed: variances",
+        ),
+    ],
+)
+def test_start_weights_no_model_could_train_from_raises_naming_the_tensor(
+    config, tmp_path, name, change, message
+) -> None:
+    file = tmp_path / "bad.safetensors"
+    state = initial_state("n", 3, 0)
+    save_weights(file, state | {name: change(state[name])})
+    with pytest.raises(WeightsError, match=message) as caught:
+        start_weights(replace(config, weights=file), 3)
+    assert str(caught.value).startswith(f"{file}: ")
+
+
+def test_start_weights_bad_tensor_that_does_not_fit_is_no_matter(config, tmp_path) -> None:
+    file = tmp_path / "other-classes.safetensors"
+    save_weights(file, initial_state("n", 80, 0) | {"model.24.m.0.bias": torch.full((255,), math.nan)})
+    assert start_weights(replace(config, weights=file), 3).transferred == 343
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"image_size": 100}, "image_size: 100 is not allowed: a multiple of 32 is"),
@@ -314,3 +351,16 @@ def test_weights_file_of_which_nothing_fits_raises(config, data, tmp_path) -> No
 def test_train_config_impossible_value_raises_naming_it(config, changes, message) -> None:
     with pytest.raises(InputError, match=message):
         replace(config, **changes)
+
+
+def test_train_config_takes_the_golden_image_sizes_that_yolov5_keeps(config, small_golden_dir: Path) -> None:
+    golden = np.load(small_golden_dir / "geometry.npz")
+    for size, rounded in zip(
+        *(golden[f"check_img_size_{x}"].tolist() for x in ("in", "out_stride32_floor64")), strict=True
+    ):
+        # YOLOv5 rounds the others up; here 32 stays what it is, and the rest is refused.
+        if size in (rounded, 32):
+            assert replace(config, image_size=size).image_size == size
+        else:
+            with pytest.raises(InputError, match=f"image_size: {size} is not allowed: a multiple of 32 is"):
+                replace(config, image_size=size)

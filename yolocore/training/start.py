@@ -1,7 +1,9 @@
 """Where a training starts: fresh weights by seed, or what fits of a weights file, and the anchors."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from yolocore.model.anchors import STRIDES
 from yolocore.training.config import TrainConfig
 
 _log = logging.getLogger(__name__)
+_LARGEST = torch.finfo(torch.float16).max
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +47,7 @@ def start_weights(config: TrainConfig, num_classes: int) -> StartWeights:
     `config.anchors` names others.
 
     Raises:
-        WeightsError: The file cannot be read, or nothing of it fits.
+        WeightsError: The file cannot be read, nothing of it fits, or what fits holds numbers from which none can train.
     """
     anchors = None if config.anchors is None else torch.tensor(config.anchors)
     fresh = initial_state(config.model, num_classes, config.seed, anchors)
@@ -55,5 +58,24 @@ def start_weights(config: TrainConfig, num_classes: int) -> StartWeights:
         raise WeightsError(
             f"{config.weights}: none of the {total} tensors of yolov5{config.model} fits in name and shape"
         )
+    _check(config.weights, merged)
     _log.info("%s: %d/%d tensors transferred", config.weights, taken, total)
     return StartWeights(merged, taken)
+
+
+def _check(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Refuse numbers that make every output NaN, or that no training could mend."""
+    for name, tensor in state.items():
+        if not tensor.is_floating_point():
+            continue
+        # A training starts from weights that are rounded to half precision.
+        _refuse(path, name, tensor, tensor.half().isfinite(), f"finite numbers up to {_LARGEST:g}")
+        if name == ANCHORS_KEY:
+            _refuse(path, name, tensor, tensor.half() > 0, "widths and heights above 0")
+        if name.endswith(".running_var"):
+            _refuse(path, name, tensor, tensor >= 0, "variances, 0 or more")
+
+
+def _refuse(path: Path, name: str, tensor: Tensor, good: Tensor, allowed: str) -> None:
+    if not good.all():
+        raise WeightsError(f"{path}: tensor {name!r} holds {float(tensor[~good][0]):g}; allowed: {allowed}")
