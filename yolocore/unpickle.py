@@ -8,6 +8,7 @@ no function of the standard library exists while the pickle runs. Tensors are bu
 import io
 import math
 import pickle
+import pickletools
 import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from yolocore.errors import WeightsError
+from yolocore.text import one_line
 
 _STORAGE_DTYPES: Mapping[str, torch.dtype] = {
     "DoubleStorage": torch.float64,
@@ -46,6 +48,15 @@ _VALUE_CLASSES: Mapping[str, tuple[str, ...]] = {  # training bookkeeping of fil
     "_codecs": ("encode",),
     "pathlib": ("PosixPath", "WindowsPath"),
 }
+# What a small file may ask of memory and time. The largest YOLOv5 has fewer than 1000 tensors, and in its
+# modules 5000 entries.
+_MOST_TENSORS, _MOST_ENTRIES = 20_000, 200_000
+_MOST_DIMENSIONS = 8
+_LONGEST_NAME = 500
+_MOST_SHARING = 8
+"""Bytes of all tensors per byte of the file: float16 becomes float32, and models share a few tensors."""
+_SMALLEST = 2**20
+_SHOWN = 200
 
 
 class _StorageType(NamedTuple):
@@ -164,20 +175,41 @@ class _Unpickler(pickle.Unpickler):
         try:
             return _ALLOWED[module, name]
         except KeyError:
-            raise _RefusedError(f"it names '{module}.{name}'") from None
+            raise _RefusedError(f"it names '{_shown(f'{module}.{name}')}'") from None
 
     def persistent_load(self, pid: Any) -> _Storage:
         kind, storage_type, key, _location, count = pid
-        if kind != "storage" or not isinstance(storage_type, _StorageType):
-            raise _RefusedError(f"it names a persistent object {kind!r}")
-        return _Storage(str(key), storage_type.dtype, count)
+        if kind != "storage" or not isinstance(storage_type, _StorageType) or not isinstance(key, str):
+            # Only text is shown: a nest of shared tuples has no end when it is written out.
+            named = f" '{_shown(kind)}'" if isinstance(kind, str) else ""
+            raise _RefusedError(f"it names a persistent object{named}")
+        return _Storage(key, storage_type.dtype, count)
+
+
+def _shown(text: str) -> str:
+    """Text of a foreign file for a message: one line, no terminal codes, not too long."""
+    line = one_line(text[: _SHOWN + 1])
+    return line if len(line) <= _SHOWN else f"{line[:_SHOWN]}..."
+
+
+def _check_memo(program: bytes) -> None:
+    """Refuse memo numbers that no pickler gives out: the machine reserves a table as long as the largest.
+
+    A pickler counts its entries, and each takes more than a byte.
+    """
+    for opcode, argument, _ in pickletools.genops(program):
+        if opcode.name.endswith("PUT") and argument is not None and not 0 <= int(argument) < len(program):
+            raise ValueError(f"memo entry {argument} in a pickle of {len(program)} bytes")
 
 
 class _Archive:
     """The zip behind a `.pt` file: one folder with `data.pkl` and `data/<key>` per storage."""
 
-    def __init__(self, archive: zipfile.ZipFile) -> None:
+    def __init__(self, archive: zipfile.ZipFile, size: int) -> None:
         self._zip = archive
+        self._unread = size
+        self._unbuilt = _MOST_SHARING * max(size, _SMALLEST)
+        self._storages: dict[str, bytearray] = {}
         pickles = [name for name in archive.namelist() if name.count("/") == 1 and name.endswith("/data.pkl")]
         if len(pickles) != 1:
             raise ValueError("no data.pkl in it")
@@ -190,27 +222,43 @@ class _Archive:
         info = self._zip.getinfo(self._folder + name)
         if info.compress_type != zipfile.ZIP_STORED:
             raise ValueError(f"entry {name} is compressed")
+        self._unread -= info.file_size
+        if self._unread < 0:
+            raise ValueError("its entries together are longer than the file")
         return self._zip.read(info)
 
     def unpickle(self) -> object:
         """The tree of records behind the pickle."""
-        return _Unpickler(io.BytesIO(self.read("data.pkl"))).load()
+        program = self.read("data.pkl")
+        _check_memo(program)
+        return _Unpickler(io.BytesIO(program)).load()
+
+    def _storage(self, key: str) -> bytearray:
+        """The bytes of a storage, read once however many tensors look into it."""
+        if key not in self._storages:
+            self._storages[key] = bytearray(self.read(f"data/{key}"))
+        return self._storages[key]
 
     def tensor(self, record: _TensorRecord, name: str) -> Tensor:
         """Build the tensor of a record: float32 if it is floating point, else its own type."""
         storage, offset, size, stride = record
         numbers = (offset, *size, *stride)
-        if not isinstance(storage, _Storage) or any(type(n) is not int or n < 0 for n in (storage.numel, *numbers)):
+        if not isinstance(storage, _Storage) or len(size) > _MOST_DIMENSIONS:
+            raise ValueError(f"tensor '{name}' is malformed")
+        if any(type(n) is not int or not 0 <= n < 2**63 for n in (storage.numel, *numbers)):
             raise ValueError(f"tensor '{name}' is malformed")
         last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
         if math.prod(size) > storage.numel or (math.prod(size) and last >= storage.numel):
             raise ValueError(f"tensor '{name}' reaches beyond its storage")
-        data = self.read(f"data/{storage.key}")
+        self._unbuilt -= math.prod(size) * _target_dtype(storage.dtype).itemsize
+        if self._unbuilt < 0:
+            raise ValueError("its tensors together are many times larger than the file")
+        data = self._storage(storage.key)
         if len(data) != storage.numel * storage.dtype.itemsize:
             raise ValueError(f"tensor '{name}' has {len(data)} bytes of {storage.numel} numbers")
         if not math.prod(size):
             return torch.empty(size, dtype=_target_dtype(storage.dtype))
-        flat = torch.frombuffer(bytearray(data), dtype=storage.dtype)
+        flat = torch.frombuffer(data, dtype=storage.dtype)
         return flat.as_strided(size, stride, offset).to(_target_dtype(storage.dtype)).clone()
 
 
@@ -218,21 +266,56 @@ def _target_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype.is_floating_point else dtype
 
 
-def _module_records(module: _Module, prefix: str = "") -> dict[str, _TensorRecord]:
-    """The state dict of a module bag: parameters, buffers, then children, names joined by dots."""
-    state = module.state
-    if not isinstance(state, dict):
-        raise ValueError(f"module '{prefix}' has no state")
-    transient = state.get("_non_persistent_buffers_set", set())
-    records: dict[str, _TensorRecord] = {}
-    for part in ("_parameters", "_buffers"):
-        for name, value in state.get(part, {}).items():
-            if isinstance(value, _TensorRecord) and name not in transient:
-                records[f"{prefix}{name}"] = value
-    for name, child in state.get("_modules", {}).items():
-        if isinstance(child, _Module):
-            records |= _module_records(child, f"{prefix}{name}.")
-    return records
+class _ModuleReader:
+    """Collects the state dict of a module bag: parameters, buffers, then children, names joined by dots.
+
+    Modules may be shared, as YOLOv5 shares one activation, so that few of them can stand for a tree without end.
+    """
+
+    def __init__(self) -> None:
+        self.records: dict[str, _TensorRecord] = {}
+        self._path: list[_Module] = []
+        self._entries = 0
+
+    def add(self, module: _Module, prefix: str = "") -> None:
+        """Take in a module and what is below it."""
+        if any(module is above for above in self._path):
+            raise ValueError(f"module '{prefix}' is inside itself")
+        if len(prefix) > _LONGEST_NAME:
+            raise ValueError(f"modules so deep that a name has more than {_LONGEST_NAME} letters")
+        if not isinstance(module.state, dict):
+            raise ValueError(f"module '{prefix}' has no state")
+        parameters, buffers, children = (
+            self._part(module.state, f"_{p}") for p in ("parameters", "buffers", "modules")
+        )
+        transient = module.state.get("_non_persistent_buffers_set")
+        left_out = transient if isinstance(transient, set) else set()
+        for name, value in (*parameters.items(), *buffers.items()):
+            if isinstance(value, _TensorRecord) and name not in left_out:
+                self.records[f"{prefix}{_checked_name(name)}"] = value
+        self._path.append(module)
+        for name, child in children.items():
+            if isinstance(child, _Module):
+                self.add(child, f"{prefix}{_checked_name(name)}.")
+        self._path.pop()
+
+    def _part(self, state: dict[Any, Any], name: str) -> dict[Any, Any]:
+        part = state.get(name, {})
+        if not isinstance(part, dict):
+            raise ValueError(f"{name} of a module is a {type(part).__name__}")
+        self._entries += 1 + len(part)
+        if self._entries > _MOST_ENTRIES:
+            raise ValueError(f"more than {_MOST_ENTRIES} entries in its modules")
+        return part
+
+
+def _checked_name(name: object) -> str:
+    if not isinstance(name, str):
+        shown = f" {name}" if type(name) is int else ""
+        raise ValueError(f"the key{shown} of type {type(name).__name__} is no name of a tensor; names are text")
+    if len(name) > _LONGEST_NAME:
+        raise ValueError(f"a name of {len(name)} letters; at most {_LONGEST_NAME} are allowed")
+    return name
 
 
 def _weight_records(tree: object) -> dict[str, _TensorRecord]:
@@ -240,18 +323,22 @@ def _weight_records(tree: object) -> dict[str, _TensorRecord]:
     if isinstance(tree, dict) and ("model" in tree or "ema" in tree):
         tree = tree["ema"] if tree.get("ema") is not None else tree.get("model")
     if isinstance(tree, _Module):
-        records = _module_records(tree)
+        reader = _ModuleReader()
+        reader.add(tree)
+        records = reader.records
     elif isinstance(tree, dict) and all(isinstance(value, _TensorRecord) for value in tree.values()):
-        records = dict(tree)
+        records = {_checked_name(name): record for name, record in tree.items()}
     else:
         raise ValueError("neither a YOLOv5 checkpoint nor a state dict")
+    if len(records) > _MOST_TENSORS:
+        raise ValueError(f"{len(records)} tensors; at most {_MOST_TENSORS} are allowed")
     # Files of v5.0 and before also carry the anchors as pixels.
     return {name: record for name, record in records.items() if not name.endswith(".anchor_grid")}
 
 
 def _read(path: Path) -> dict[str, Tensor]:
     with zipfile.ZipFile(path) as archive:
-        reader = _Archive(archive)
+        reader = _Archive(archive, path.stat().st_size)
         return {name: reader.tensor(record, name) for name, record in _weight_records(reader.unpickle()).items()}
 
 
@@ -274,5 +361,5 @@ def read_pickled_weights(path: Path) -> dict[str, Tensor]:
     except zipfile.BadZipFile:
         raise WeightsError(f"{path}: not a weights file: allowed: .safetensors, zip-format .pt of torch") from None
     except Exception as error:  # a damaged pickle makes its machine raise almost anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = _shown(str(error)) if str(error) else type(error).__name__
         raise WeightsError(f"{path}: damaged or not a weights file ({reason})") from None

@@ -5,6 +5,8 @@ import pickle
 import signal
 import subprocess
 import sys
+import time
+import tracemalloc
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -373,6 +375,84 @@ def test_load_weights_from_a_compressed_entry_is_refused(tmp_path: Path) -> None
     path = archive(tmp_path / "bomb.pt", pickle.dumps({}, 2) + b"\x00" * 10**6, compression=zipfile.ZIP_DEFLATED)
     with pytest.raises(WeightsError, match=r"entry data\.pkl is compressed"):
         load_weights(path)
+
+
+@pytest.mark.parametrize("opcode", [b"r\x00\x00\x00\x08", b"p134217728\n", b"r\x20\x00\x00\x00"])  # LONG_BINPUT, PUT
+def test_load_weights_memo_number_beyond_the_pickle_is_refused_before_it_runs(tmp_path: Path, opcode: bytes) -> None:
+    path = archive(tmp_path / "evil.pt", b"\x80\x02}" + opcode + b".")
+    tracemalloc.start()
+    with pytest.raises(WeightsError, match=r"damaged .*\(memo entry \d+ in a pickle of \d+ bytes\)"):
+        load_weights(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**20
+
+
+def module_program(children: str, depth: int) -> bytes:
+    """Pickled by hand: `depth` modules, each with the one before as its children named by the letters."""
+    new = b"ctorch.nn.modules.container\nSequential\n)\x81"
+    program = b"\x80\x02" + new + b"}b" + b"q\x00"
+    for level in range(depth):
+        get = b"h" + bytes([level])
+        items = b"".join(b"U\x01" + letter.encode() + get for letter in children)
+        program += new + b"}U\x08_modules}(" + items + b"usb" + b"q" + bytes([level + 1])
+    return program + b"."
+
+
+def test_load_weights_modules_that_share_children_without_end_are_refused_at_once(tmp_path: Path) -> None:
+    started = time.perf_counter()
+    with pytest.raises(WeightsError, match="more than 200000 entries in its modules"):
+        load_weights(archive(tmp_path / "evil.pt", module_program("ab", 60)))
+    assert time.perf_counter() - started < 10
+    assert load_weights(archive(tmp_path / "fine.pt", module_program("ab", 10))) == {}
+
+
+def test_load_weights_module_inside_itself_is_refused(tmp_path: Path) -> None:
+    program = b"\x80\x02ctorch.nn.modules.container\nSequential\n)\x81q\x00}U\x08_modules}U\x01ah\x00ssb."
+    with pytest.raises(WeightsError, match=r"damaged .*\(module 'a\.' is inside itself\)"):
+        load_weights(archive(tmp_path / "evil.pt", program))
+
+
+def test_load_weights_many_tensors_in_one_storage_are_refused_by_their_size(tmp_path: Path) -> None:
+    whole = torch.arange(2**18, dtype=torch.float32)  # 1 MiB
+    torch.save({f"t{number}": whole.view(-1) for number in range(2000)}, tmp_path / "evil.pt")
+    with pytest.raises(WeightsError, match="its tensors together are many times larger than the file"):
+        load_weights(tmp_path / "evil.pt")
+    torch.save({f"t{number}": whole[number:] for number in range(4)}, tmp_path / "few.pt")
+    assert load_weights(tmp_path / "few.pt")["t3"][:2].tolist() == [3, 4]
+
+
+def test_load_weights_storage_of_many_tensors_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = torch.arange(2**18, dtype=torch.float32)
+    torch.save({f"t{number}": whole[number:][:1] for number in range(200)}, tmp_path / "w.pt")
+    read: list[str] = []
+    plain = unpickle._Archive.read
+    monkeypatch.setattr(unpickle._Archive, "read", lambda self, name: (read.append(name), plain(self, name))[1])
+    assert load_weights(tmp_path / "w.pt")["t199"].tolist() == [199]
+    assert read.count("data/0") == 1
+
+
+@pytest.mark.parametrize("program", [stack_named("os\x1b[31m", "sys\ntem"), named("o" * 10**5, "system")])
+def test_load_weights_refused_name_is_shown_as_one_harmless_line(tmp_path: Path, program: bytes) -> None:
+    with pytest.raises(WeightsError, match="refused: it names 'o") as caught:
+        load_weights(archive(tmp_path / "evil.pt", program))
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 500
+
+
+def test_load_weights_persistent_object_without_end_is_refused_at_once(tmp_path: Path) -> None:
+    kind = b"(t" + b"".join(b"q%ch%c\x86" % (n, n) for n in range(60))  # a pair of the pair before, sixty times
+    with pytest.raises(WeightsError, match="refused: it names a persistent object"):
+        load_weights(archive(tmp_path / "evil.pt", b"\x80\x02(" + kind + b"NNNNtQ."))
+
+
+@pytest.mark.parametrize("key", [0, None, ("a",)])
+def test_load_weights_state_dict_whose_keys_are_no_text_says_so(tmp_path: Path, key: object) -> None:
+    torch.save({"w": torch.ones(1), key: torch.ones(1)}, tmp_path / "a.pt")
+    with pytest.raises(
+        WeightsError, match=rf"the key.* of type {type(key).__name__} is no name of a tensor; names are"
+    ):
+        load_weights(tmp_path / "a.pt")
 
 
 def test_load_weights_of_a_tree_without_weights_is_refused(tmp_path: Path) -> None:
