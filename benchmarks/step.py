@@ -2,15 +2,18 @@
 
 BCCD, 160 pixels, batch 16, yolov5n from the official weights. "Plain" is a stand-in for an ordinary trainer, written
 here: one model of torch's own layers in NCHW float32, the loss with boolean masks (benchmarks/loss.py), torch.optim.SGD
-over parameters, a moving average tensor by tensor; both are fed by our loader. They train in turn, epoch by epoch, the
-plain one in a process of its own, and the best epoch of each counts. YOLOv5's own figures, measured on a 2-core machine
-with AVX512-bf16, are printed beside them; other machines differ, so the ratio that counts is the one within a run.
+over parameters, a moving average tensor by tensor, a validation image by image; both are fed by our loader and share
+the functions that turn matches into metrics. They train and validate in turn, epoch by epoch, the plain one in a
+process of its own, and the best epoch of each counts. YOLOv5's own figures, measured on a 2-core machine with
+AVX512-bf16, are printed beside them; other machines differ, so the ratio that counts is the one within a run.
 
 `--yolov5 PATH` names a checkout of YOLOv5: its `train.py` is run by its command line in turn with ours, on the same
-data and settings, and the ratio of the seconds per epoch is printed.
+data and settings, each twice with few and twice with all epochs; the best of each tells the seconds per epoch, whose
+ratio is printed.
 
     python benchmarks/step.py --quick
     python benchmarks/step.py --data fixtures/data/bccd --weights fixtures/weights/yolov5n.pt --yolov5 ~/yolov5
+    python benchmarks/step.py --yolov5 ~/yolov5 --yolov5-python ~/yolov5/.venv/bin/python
 """
 
 import argparse
@@ -20,28 +23,35 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torchvision
 import yaml
 from loss import eager_loss
 from torch import Tensor, nn
 
 import yolocore.training.pack as pack_module
-from yolocore.data.loader import Batch
+from yolocore.boxes import xywh_to_xyxy
+from yolocore.data.loader import Batch, ImageInfo
 from yolocore.device import resolve_device, supported_precisions
-from yolocore.evaluate import evaluate
+from yolocore.evaluate import CONFIDENCE, MAX_DETECTIONS, NMS_IOU, evaluate
 from yolocore.hyperparameters import Hyperparameters
 from yolocore.loss import LossWeights
+from yolocore.metrics import DetectionMetrics, match_detections, summarise
+from yolocore.model.anchors import STRIDES
 from yolocore.model.yolov5 import ANCHORS_KEY, ARCHITECTURE, DETECT_SOURCES, SCALINGS, LayerSpec
+from yolocore.postprocess import CLASS_OFFSET, MAX_CANDIDATES
 from yolocore.training.config import TrainConfig
 from yolocore.training.optim import Schedule, ema_decay, parameter_group, scaled_weight_decay
 from yolocore.training.pack import Pack, PackSlot, fresh_state
@@ -52,6 +62,9 @@ YOLOV5_MS = {"data": 7.0, "forward": 33.0, "loss": 4.0, "backward": 46.0, "optim
 YOLOV5_VALIDATION_SECONDS = 0.35
 PARTS = tuple(YOLOV5_MS)
 IMAGE_SIZE, BATCH_SIZE = 160, 16
+PLAIN = "plain fp32"
+ROUNDS = 2
+"""How often each whole run is made in turn with the others; the best counts."""
 
 
 # ------------------------------------------------------------------------------------------- stop watches
@@ -257,14 +270,81 @@ class PlainTrainer:
                     value *= decay
                     value += (1 - decay) * state[name].detach()
 
+    @torch.no_grad()
+    def validate(self) -> DetectionMetrics:
+        """The moving average on the validation split: losses, detections and metrics, image by image."""
+        losses: list[float] = []
+        matches: list[np.ndarray] = [np.zeros((0, 10), dtype=np.bool_)]
+        scored: list[np.ndarray] = [np.zeros((0, 2), dtype=np.float32)]
+        classes: list[np.ndarray] = [np.zeros(0, dtype=np.float32)]
+        images = 0
+        for batch in self.data.validation:
+            raw = self.ema(batch.images.float() / 255)
+            targets = batch.targets[batch.targets[:, 0] >= 0]
+            total = eager_loss(raw, targets, self.anchors, self.gains, self.hyp.anchor_t)
+            losses.append(float(total) / len(batch.images))
+            decoded = plain_decode(raw, self.anchors)
+            for index, info in enumerate(batch.infos):
+                found = plain_nms(decoded[index])
+                found[:, :4] = to_native(found[:, :4], info)
+                own = targets[targets[:, 0] == index]
+                corners = xywh_to_xyxy(own[:, 2:]) * torch.tensor(batch.images.shape[2:]).flip(0).repeat(2)
+                labels = torch.cat((own[:, 1:2], to_native(corners, info)), 1)
+                matches.append(match_detections(found.numpy(), labels.numpy()))
+                scored.append(found[:, 4:].numpy())
+                classes.append(own[:, 1].numpy())
+                images += 1
+        confidence, label = np.concatenate(scored).T
+        loss = sum(losses) / max(len(losses), 1)
+        return summarise(np.concatenate(matches), confidence, label, np.concatenate(classes), (loss, 0.0, 0.0), images)
+
+    def validation_seconds(self) -> float:
+        started = time.perf_counter()
+        self.validate()
+        return time.perf_counter() - started
+
+
+def plain_decode(raw: Sequence[Tensor], anchors: Tensor) -> Tensor:
+    """Centre, size and probabilities [B, N, 5 + C] of the maps [B, A, H, W, 5 + C]."""
+    rows = []
+    for level, sizes, stride in zip(raw, anchors, STRIDES, strict=True):
+        values = level.sigmoid()
+        y, x = torch.meshgrid(*(torch.arange(side) for side in level.shape[2:4]), indexing="ij")
+        centre = (2 * values[..., :2] - 0.5 + torch.stack((x, y), -1)) * stride
+        size = (2 * values[..., 2:4]) ** 2 * sizes.view(1, -1, 1, 1, 2) * stride
+        rows.append(torch.cat((centre, size, values[..., 4:]), -1).flatten(1, 3))
+    return torch.cat(rows, 1)
+
+
+def plain_nms(rows: Tensor) -> Tensor:
+    """The detections [n, 6] of one image [N, 5 + C], several classes per box allowed."""
+    rows = rows[rows[:, 4] > CONFIDENCE]
+    scores = rows[:, 5:] * rows[:, 4:5]
+    row, label = (scores > CONFIDENCE).nonzero(as_tuple=True)
+    score = scores[row, label]
+    order = score.argsort(descending=True, stable=True)[:MAX_CANDIDATES]
+    row, label, score = row[order], label[order].float(), score[order]
+    boxes = xywh_to_xyxy(rows[row, :4])
+    kept = torchvision.ops.nms(boxes + label[:, None] * CLASS_OFFSET, score, NMS_IOU)[:MAX_DETECTIONS]
+    return torch.cat((boxes, score[:, None], label[:, None]), 1)[kept]
+
+
+def to_native(corners: Tensor, info: ImageInfo) -> Tensor:
+    """Corners [n, 4] of the network input in pixels of the image as it is on disk, clipped to it."""
+    native = (corners - torch.tensor(info.pad).repeat(2)) / info.gain
+    return native.clamp(min=0).minimum(torch.tensor(info.native[::-1]).repeat(2))
+
 
 def serve_plain(config: TrainConfig, requests: "multiprocessing.connection.Connection") -> None:
-    """Train the epochs whose numbers arrive; answer each with its times."""
+    """Train the epochs whose numbers arrive, and validate for each `VALIDATE`; answer with the times."""
     data = TrainingData.load(config, Hyperparameters())
     weights = start_weights(config, data.num_classes).state
     trainer = PlainTrainer(config, data, weights, weights[ANCHORS_KEY])
     while (number := requests.recv()) is not None:
-        requests.send(trainer.epoch(number))
+        requests.send(trainer.validation_seconds() if number == VALIDATE else trainer.epoch(number))
+
+
+VALIDATE = -1
 
 
 class PlainProcess:
@@ -281,6 +361,11 @@ class PlainProcess:
         self._requests.send(number)
         times: Times = self._requests.recv()
         return times
+
+    def validation_seconds(self) -> float:
+        self._requests.send(VALIDATE)
+        seconds: float = self._requests.recv()
+        return seconds
 
     def close(self) -> None:
         self._requests.send(None)
@@ -347,14 +432,20 @@ class OurTrainer:
 def compare(
     config: TrainConfig, precisions: Sequence[str], epochs: int
 ) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
-    """Milliseconds by part of each contender's best epoch, and seconds of the best validation of each precision."""
+    """Milliseconds by part of each contender's best epoch, and seconds of its best validation.
+
+    Args:
+        config: What they train.
+        precisions: Those of ours.
+        epochs: At least 2, of which the first warms up.
+    """
     data = TrainingData.load(config, Hyperparameters())
     weights = start_weights(config, data.num_classes).state
     ours = {p: OurTrainer(replace(config, precision=p), data, weights) for p in precisions}
     plain = PlainProcess(config)
-    trainers = {"plain fp32": plain} | {f"ours {p}": o for p, o in ours.items()}
+    trainers = {PLAIN: plain} | {f"ours {p}": o for p, o in ours.items()}
     best: dict[str, Times] = {}
-    validation = dict.fromkeys(ours, math.inf)
+    validation = dict.fromkeys(trainers, math.inf)
     for epoch in range(epochs):
         for name, trainer in trainers.items():
             times = trainer.epoch(epoch)
@@ -362,16 +453,35 @@ def compare(
             # between contenders; the same epoch is not needed.
             if epoch and (name not in best or times.total < best[name].total):
                 best[name] = times
-        for precision, one in ours.items():
-            validation[precision] = min(validation[precision], one.validation_seconds())
+        for name, trainer in trainers.items():
+            validation[name] = min(validation[name], trainer.validation_seconds())
     plain.close()
     return {name: times.milliseconds(len(data.train)) for name, times in best.items()}, validation
 
 
 # ------------------------------------------------------------------------------------------- YOLOv5's train.py
 
+RUN = "run"
 
-def yolov5_command(checkout: Path, config: TrainConfig, data: Path, hyp: Path, epochs: int, project: Path) -> list[str]:
+
+@dataclass(frozen=True, slots=True)
+class Checkout:
+    """A checkout of YOLOv5 that the user has."""
+
+    folder: Path
+    python: str
+    """The interpreter with what it needs."""
+
+
+def yolov5_device(device: str) -> str:
+    """How YOLOv5 calls a device of ours: a GPU by its number, and `auto` by what it comes to here."""
+    resolved = resolve_device(device)
+    return str(resolved.index or 0) if resolved.type == "cuda" else resolved.type
+
+
+def yolov5_command(
+    checkout: Checkout, config: TrainConfig, data: Path, hyp: Path, epochs: int, project: Path
+) -> list[str]:
     """The command line that trains what `config` says in a checkout of YOLOv5."""
     options = {
         "--img": config.image_size,
@@ -382,37 +492,39 @@ def yolov5_command(checkout: Path, config: TrainConfig, data: Path, hyp: Path, e
         "--hyp": hyp,
         "--cache": "ram",
         "--workers": config.workers,
-        "--device": config.device,
+        "--device": yolov5_device(config.device),
         "--project": project,
-        "--name": f"epochs-{epochs}",
+        "--name": RUN,
         "--seed": config.seed,
     }
     words = [str(word) for pair in options.items() for word in pair]
-    return [sys.executable, str(checkout / "train.py"), *words, "--exist-ok"]
+    return [checkout.python, str(checkout.folder / "train.py"), *words, "--exist-ok"]
 
 
 def write_inputs(folder: Path, config: TrainConfig) -> tuple[Path, Path]:
     """The data set YAML with an absolute root, and the hyp YAML."""
     described = yaml.safe_load(config.data.read_text())
-    described["path"] = str((config.data.parent / described.get("path", ".")).resolve())
+    described["path"] = str((config.data.parent / Path(described.get("path") or ".").expanduser()).resolve())
     data, hyp = folder / "data.yaml", folder / "hyp.yaml"
     data.write_text(yaml.safe_dump(described))
     hyp.write_text(Hyperparameters().to_yaml())
     return data, hyp
 
 
-def run_yolov5(checkout: Path, config: TrainConfig, epochs: int, folder: Path) -> float:
+def run_yolov5(checkout: Checkout, config: TrainConfig, epochs: int) -> float:
     """Seconds of one whole run of YOLOv5's train.py; fails unless its results.csv has a row for every epoch."""
-    data, hyp = write_inputs(folder, config)
-    command = yolov5_command(checkout, config, data, hyp, epochs, folder)
-    started = time.perf_counter()
-    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=False)
-    seconds = time.perf_counter() - started
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)}: exit code {done.returncode}\n{done.stderr[-2000:]}")
-    rows = results_rows(folder / f"epochs-{epochs}" / "results.csv")
+    with tempfile.TemporaryDirectory() as name:  # one for each run: results.csv would grow
+        folder = Path(name)
+        data, hyp = write_inputs(folder, config)
+        command = yolov5_command(checkout, config, data, hyp, epochs, folder)
+        started = time.perf_counter()
+        done = subprocess.run(command, cwd=checkout.folder, capture_output=True, text=True, check=False)
+        seconds = time.perf_counter() - started
+        if done.returncode:
+            raise SystemExit(f"{' '.join(command)}: exit code {done.returncode}\n{done.stderr[-2000:]}")
+        rows = results_rows(folder / RUN / "results.csv")
     if rows != epochs:
-        raise SystemExit(f"{checkout}: results.csv has {rows} epochs, expected {epochs}")
+        raise SystemExit(f"{checkout.folder}: results.csv has {rows} epochs, expected {epochs}")
     return seconds
 
 
@@ -424,9 +536,32 @@ def results_rows(file: Path) -> int:
         return sum(1 for row in csv.DictReader(stream, skipinitialspace=True) if row)
 
 
-def seconds_per_epoch(run: Callable[[int], float], short: int, long: int) -> float:
-    """What one more epoch costs: start-up, caching and the final validation cancel out."""
-    return (run(long) - run(short)) / (long - short)
+def seconds_per_epoch(
+    runs: Mapping[str, Callable[[int], float]], short: int, long: int, rounds: int = ROUNDS
+) -> dict[str, float]:
+    """What one more epoch costs each contender: start-up, caching and the final validation cancel out.
+
+    Args:
+        runs: By name, what trains so many epochs and returns the seconds that it took.
+        short: Epochs of the short run.
+        long: Epochs of the long run, more than `short`.
+        rounds: Short and long runs of all contenders take turns so often, lest a busy minute meets only one of them.
+
+    Returns:
+        By name, from the best short and the best long run.
+    """
+    best: dict[tuple[str, int], float] = {}
+    for _ in range(rounds):
+        for epochs in (short, long):
+            for name, run in runs.items():
+                best[name, epochs] = min(best.get((name, epochs), math.inf), run(epochs))
+    seconds = {name: (best[name, long] - best[name, short]) / (long - short) for name in runs}
+    for name, value in seconds.items():
+        if value <= 0:
+            raise SystemExit(
+                f"{name}: {long} epochs took no longer than {short}; give more --epochs, or an idle machine"
+            )
+    return seconds
 
 
 def our_run(config: TrainConfig, epochs: int) -> float:
@@ -438,18 +573,13 @@ def our_run(config: TrainConfig, epochs: int) -> float:
     return time.perf_counter() - started
 
 
-def against_yolov5(checkout: Path, config: TrainConfig, precisions: Sequence[str], epochs: int) -> dict[str, float]:
+def against_yolov5(checkout: Checkout, config: TrainConfig, precisions: Sequence[str], epochs: int) -> dict[str, float]:
     """Seconds per epoch of YOLOv5's train.py and of ours in each precision, run in turn."""
-    if not (checkout / "train.py").is_file():
-        raise SystemExit(f"--yolov5: {checkout} holds no train.py; give the folder of a YOLOv5 checkout")
-    short = max(1, epochs // 4)
-    with tempfile.TemporaryDirectory() as folder:
-        theirs = seconds_per_epoch(lambda n: run_yolov5(checkout, config, n, Path(folder)), short, epochs)
-    seconds = {"yolov5": theirs}
+    runs: dict[str, Callable[[int], float]] = {"yolov5": lambda n: run_yolov5(checkout, config, n)}
     for precision in precisions:
         exact = replace(config, precision=precision)
-        seconds[f"ours {precision}"] = seconds_per_epoch(lambda n, c=exact: our_run(c, n), short, epochs)
-    return seconds
+        runs[f"ours {precision}"] = lambda n, c=exact: our_run(c, n)
+    return seconds_per_epoch(runs, max(1, epochs // 4), epochs)
 
 
 # ------------------------------------------------------------------------------------------- output
@@ -461,22 +591,29 @@ def print_table(rows: dict[str, dict[str, float]], validation: dict[str, float])
     theirs = YOLOV5_MS | {"other": 0.0, "step": sum(YOLOV5_MS.values())}
     print(f"{'YOLOv5, other machine':24}" + "".join(f"{theirs[c]:10.1f}" for c in columns) + f"{0.35:15.2f}")
     for name, row in rows.items():
-        seconds = validation.get(name.removeprefix("ours "))
-        shown = f"{seconds:15.2f}" if seconds else ""
-        print(f"{name:24}" + "".join(f"{row[c]:10.1f}" for c in columns) + shown)
+        print(f"{name:24}" + "".join(f"{row[c]:10.1f}" for c in columns) + f"{validation[name]:15.2f}")
 
 
-def parse() -> argparse.Namespace:
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     fixtures = os.environ.get("YOLOSEARCH_FIXTURES")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=fixtures and Path(fixtures) / "data/bccd", help="BCCD's folder")
     parser.add_argument("--weights", type=Path, default=fixtures and Path(fixtures) / "weights/yolov5n.pt")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--epochs", type=int, help="epochs of each contender (default 6; 4 with --quick)")
+    parser.add_argument("--epochs", type=int, help="epochs of each contender, at least 2 (default 6; 4 with --quick)")
     parser.add_argument("--yolov5", type=Path, metavar="PATH", help="a YOLOv5 checkout to run in turn with ours")
+    parser.add_argument(
+        "--yolov5-python", default=sys.executable, metavar="FILE", help="interpreter for it (default this one)"
+    )
     parser.add_argument("--quick", action="store_true", help="fewer epochs: about a minute")
     parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
+    options = parser.parse_args(words)
+    if options.epochs is not None and options.epochs < 2:
+        parser.error(f"--epochs: got {options.epochs}; allowed: 2 or more, of which the first warms up")
+    if options.yolov5 and not (options.yolov5 / "train.py").is_file():
+        parser.error(f"--yolov5: {options.yolov5} holds no train.py; give the folder of a YOLOv5 checkout")
+    if options.yolov5 and shutil.which(options.yolov5_python) is None:
+        parser.error(f"--yolov5-python: {options.yolov5_python} is no program")
     if not options.data or not options.weights:
         parser.error("--data and --weights are needed where YOLOSEARCH_FIXTURES does not name their folder")
     return options
@@ -498,11 +635,13 @@ def main() -> None:
     supported = supported_precisions(resolve_device(config.device))
     precisions = [precision for precision in ("fp32", "bf16") if precision in supported]
     rows, validation = compare(config, precisions, epochs)
-    ratios = {p: rows[f"ours {p}"]["step"] / rows["plain fp32"]["step"] for p in precisions}
+    ratios = {p: rows[f"ours {p}"]["step"] / rows[PLAIN]["step"] for p in precisions}
     result: dict[str, Any] = {"milliseconds": rows, "validation_seconds": validation, "ratio": ratios}
+    result["validation_ratio"] = {p: validation[f"ours {p}"] / validation[PLAIN] for p in precisions}
     result["yolov5_elsewhere"] = {"milliseconds": YOLOV5_MS, "validation_seconds": YOLOV5_VALIDATION_SECONDS}
     if options.yolov5:
-        seconds = against_yolov5(options.yolov5.resolve(), config, precisions, epochs)
+        checkout = Checkout(options.yolov5.resolve(), options.yolov5_python)
+        seconds = against_yolov5(checkout, config, precisions, epochs)
         result["seconds_per_epoch"] = seconds
         result["ratio_to_yolov5"] = {p: seconds[f"ours {p}"] / seconds["yolov5"] for p in precisions}
     if options.json:
@@ -513,6 +652,8 @@ def main() -> None:
         print("seconds per epoch: " + ", ".join(f"{name} {value:.2f}" for name, value in seconds.items()))
         against = result["ratio_to_yolov5"]
         print("epoch against YOLOv5's train.py: " + ", ".join(f"{p} {r:.2f}" for p, r in against.items()))
+    validations = result["validation_ratio"]
+    print("validation against the plain trainer: " + ", ".join(f"{p} {r:.2f}" for p, r in validations.items()))
     print("step against the plain trainer: " + ", ".join(f"{p} {r:.2f}" for p, r in ratios.items()))
 
 
