@@ -56,6 +56,11 @@ _LONGEST_NAME = 500
 _MOST_SHARING = 8
 """Bytes of all tensors per byte of the file: float16 becomes float32, and models share a few tensors."""
 _SMALLEST = 2**20
+_LARGEST_VALUE = 10_000
+"""Parts of a tuple, or of the arguments of a call, written out; those of a tensor are about 20."""
+_HASHED_WHOLE = frozenset(
+    ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "REDUCE", "NEWOBJ", "NEWOBJ_EX", "OBJ", "INST", "BINPERSID")
+)
 _SHOWN = 200
 
 
@@ -192,14 +197,66 @@ def _shown(text: str) -> str:
     return line if len(line) <= _SHOWN else f"{line[:_SHOWN]}..."
 
 
-def _check_memo(program: bytes) -> None:
-    """Refuse memo numbers that no pickler gives out: the machine reserves a table as long as the largest.
+class _DryRun:
+    """Goes through a pickle without making anything, and refuses what would take memory or time without end.
 
-    A pickler counts its entries, and each takes more than a byte.
+    Two things do. The machine reserves a table as long as the largest memo number; a pickler counts its entries, and
+    each takes more than a byte. And the hash of a tuple goes through all that is in it: a pair of the pair before,
+    forty times, is a thousand bytes of pickle and weeks of hashing as the key of a dict. So the size of every value is
+    followed, written out as if nothing were shared.
     """
-    for opcode, argument, _ in pickletools.genops(program):
-        if opcode.name.endswith("PUT") and argument is not None and not 0 <= int(argument) < len(program):
-            raise ValueError(f"memo entry {argument} in a pickle of {len(program)} bytes")
+
+    def __init__(self, program: bytes) -> None:
+        self._program = program
+        self._stack: list[int | None] = []
+        """Sizes; None is a mark."""
+        self._memo: dict[int, int | None] = {}
+
+    def check(self) -> None:
+        """Go through all of it."""
+        argument: Any
+        for opcode, argument, _ in pickletools.genops(self._program):
+            if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+                self._put(len(self._memo) if argument is None else argument)
+            elif opcode.name in ("GET", "BINGET", "LONG_BINGET"):
+                self._stack.append(self._memo[argument])
+            elif opcode.name == "DUP":
+                self._stack.append(self._stack[-1])
+            elif opcode.name == "MARK":
+                self._stack.append(None)
+            else:
+                self._step(opcode)
+
+    def _put(self, number: int) -> None:
+        if not 0 <= number < len(self._program):
+            raise ValueError(f"memo entry {number} in a pickle of {len(self._program)} bytes")
+        self._memo[number] = self._stack[-1]
+
+    def _step(self, opcode: pickletools.OpcodeInfo) -> None:
+        """Take from the stack what an opcode takes, and put there what it leaves."""
+        popped: list[int] = []
+        below_mark = len(opcode.stack_before)
+        if pickletools.markobject in opcode.stack_before:
+            popped = self._pop_to_mark()
+            below_mark = opcode.stack_before.index(pickletools.markobject)
+        popped += [self._stack.pop() or 0 for _ in range(below_mark)]  # POP may take a mark
+        if opcode.stack_after:
+            self._stack.append(self._size(opcode.name, popped))
+
+    def _pop_to_mark(self) -> list[int]:
+        popped: list[int] = []
+        while (size := self._stack.pop()) is not None:
+            popped.append(size)
+        return popped
+
+    @staticmethod
+    def _size(name: str, popped: list[int]) -> int:
+        if name == "BUILD":
+            return popped[-1]  # the object, whose state is no part of its hash
+        size = 1 + sum(popped) if name in _HASHED_WHOLE else 1
+        if size > _LARGEST_VALUE:
+            raise ValueError(f"a value of more than {_LARGEST_VALUE} parts")
+        return size
 
 
 class _Archive:
@@ -230,7 +287,7 @@ class _Archive:
     def unpickle(self) -> object:
         """The tree of records behind the pickle."""
         program = self.read("data.pkl")
-        _check_memo(program)
+        _DryRun(program).check()
         return _Unpickler(io.BytesIO(program)).load()
 
     def _storage(self, key: str) -> bytearray:

@@ -442,8 +442,19 @@ def test_load_weights_refused_name_is_shown_as_one_harmless_line(tmp_path: Path,
 
 def test_load_weights_persistent_object_without_end_is_refused_at_once(tmp_path: Path) -> None:
     kind = b"(t" + b"".join(b"q%ch%c\x86" % (n, n) for n in range(60))  # a pair of the pair before, sixty times
-    with pytest.raises(WeightsError, match="refused: it names a persistent object"):
+    with pytest.raises(WeightsError, match=r"damaged .*\(a value of more than 10000 parts\)"):
         load_weights(archive(tmp_path / "evil.pt", b"\x80\x02(" + kind + b"NNNNtQ."))
+
+
+@pytest.mark.parametrize(("head", "tail"), [(b"}", b"Ns."), (b"c__builtin__\nset\n(]", b"atR.")])  # key, element
+def test_load_weights_key_that_takes_weeks_to_hash_is_refused_at_once(tmp_path: Path, head: bytes, tail: bytes) -> None:
+    def program(depth: int) -> bytes:
+        return b"\x80\x02" + head + b")" + b"".join(b"q%ch%c\x86" % (n, n) for n in range(depth)) + tail
+
+    with pytest.raises(WeightsError, match=r"damaged .*\(a value of more than 10000 parts\)"):
+        load_weights(archive(tmp_path / "evil.pt", program(60)))
+    with pytest.raises(WeightsError, match=r"neither a YOLOv5 checkpoint nor a state dict"):
+        load_weights(archive(tmp_path / "few.pt", program(5)))
 
 
 @pytest.mark.parametrize("key", [0, None, ("a",)])
