@@ -1,6 +1,7 @@
 """What is deployed: the composition, its images and init script, the Slurm script and the Kubernetes manifest.
 
-The composition is read by a small reader of our own on every machine, and by the real client where one is installed.
+The composition is read by a small reader of our own on every machine, and by the real client where one is installed
+(`apt-get install docker-compose` has one; no engine is needed). Tests of the client are skipped where there is none.
 """
 
 import functools
@@ -11,9 +12,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import kubernetes_validate
 import pytest
 import yaml
 
@@ -44,7 +47,7 @@ def compose_config(tmp_path: Path, values: dict[str, str]) -> dict[str, Any]:
     """The composition with all profiles and `values` for `.env`; ValueError with the message of what is wrong."""
     command = client()
     if command is None:
-        return own_config(values)
+        pytest.skip("needs a Compose client: the docker plugin, or Debian's docker-compose")
     environment = tmp_path / "env"
     environment.write_text("".join(f"{name}={value}\n" for name, value in values.items()), encoding="utf-8")
     profiles = ("--profile", "cpu", "--profile", "gpu", "--profile", "dashboard")
@@ -74,10 +77,15 @@ def own_config(values: dict[str, str]) -> dict[str, Any]:
 
 
 @pytest.fixture(params=["own reader", "client"])
-def services(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
-    """All services by name, as read by either reader (on a machine without a client, twice by ours)."""
-    config = own_config(PASSWORDS) if request.param == "own reader" else compose_config(tmp_path, PASSWORDS)
-    found: dict[str, Any] = config["services"]
+def read(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[dict[str, str]], dict[str, Any]]:
+    """Either reader."""
+    return own_config if request.param == "own reader" else functools.partial(compose_config, tmp_path)
+
+
+@pytest.fixture
+def services(read: Callable[[dict[str, str]], dict[str, Any]]) -> dict[str, Any]:
+    """All services by name, as read by either reader."""
+    found: dict[str, Any] = read(PASSWORDS)["services"]
     return found
 
 
@@ -91,11 +99,11 @@ def test_compose_all_profiles_has_the_services(services: dict[str, Any]) -> None
 
 
 @pytest.mark.parametrize("missing", SECRETS)
-def test_compose_password_missing_refuses_and_names_it(tmp_path: Path, missing: str) -> None:
-    values = {**PASSWORDS, missing: ""}
-    for read in (own_config, functools.partial(compose_config, tmp_path)):
-        with pytest.raises(ValueError, match=rf"(?s)set {missing} in \.env, see \.env\.example"):
-            read(values)
+def test_compose_password_missing_refuses_and_names_it(
+    read: Callable[[dict[str, str]], dict[str, Any]], missing: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"(?s)set {missing} in \.env, see \.env\.example"):
+        read({**PASSWORDS, missing: ""})
 
 
 def test_compose_example_environment_names_every_variable_and_no_secret() -> None:
@@ -388,6 +396,26 @@ def test_kubernetes_manifest_holds_two_jobs_and_their_configuration() -> None:
         "Job/yolosearch-workers": "batch/v1",
     }
     assert not [name for name in manifest["ConfigMap/yolosearch"]["data"] if "PASSWORD" in name]
+
+
+OLDEST_KUBERNETES = 31
+"""Of 1.N: the first release in which `podFailurePolicy` is no longer beta, and so cannot be off."""
+NEWEST_KUBERNETES = int(kubernetes_validate.latest_version().split(".")[1])
+
+
+@pytest.mark.parametrize("minor", range(OLDEST_KUBERNETES, NEWEST_KUBERNETES + 1))
+def test_kubernetes_documents_match_the_schema_of_every_release(minor: int) -> None:
+    release = f"1.{minor}"
+    checked = [kubernetes_validate.validate(document, release, strict=True) for document in _manifest().values()]
+    # A release whose schema is missing would be judged by an older one's.
+    assert checked == [release] * 4
+
+
+def test_kubernetes_schema_refuses_a_key_that_does_not_exist() -> None:
+    workers = _manifest()["Job/yolosearch-workers"]
+    workers["spec"]["podFailurePolicy"]["rules"][1]["onExitCodes"]["container"] = "worker"
+    with pytest.raises(kubernetes_validate.ValidationError, match="'container' was unexpected"):
+        kubernetes_validate.validate(workers, f"1.{OLDEST_KUBERNETES}", strict=True)
 
 
 @pytest.mark.parametrize("job", ["Job/yolosearch-create", "Job/yolosearch-workers"])
