@@ -318,6 +318,18 @@ def test_check_prints_the_plan_and_starts_nothing(yolosearch: Command, make: Cal
     assert not study.runs.exists()
 
 
+def test_check_says_that_sqlite_is_for_the_workers_of_one_host(
+    yolosearch: Command, make: Callable[..., TinyStudy], storage_url: str
+) -> None:
+    study = make()
+
+    result = yolosearch("check", study.file, "--runs-dir", study.runs, "--storage", storage_url)
+
+    (line,) = [line for line in result.out.splitlines() if line.split()[:1] == ["database"]]
+    assert result.code == 0
+    assert line.endswith(" (for workers of this host only)") is storage_url.startswith("sqlite:")
+
+
 def test_status_and_trials_json_parse_and_agree(yolosearch: Command, make: Callable[..., TinyStudy]) -> None:
     study = make()
     study.create()
