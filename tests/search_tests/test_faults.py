@@ -1,9 +1,10 @@
 """Faults that are injected into real processes: servers stopped, processes killed and halted, clocks and zones wrong.
 
 The tests print what they did (`-s` shows it). Longer or denser faults: YOLOSEARCH_FAULT_SECONDS (how long processes are
-killed, default 60) and YOLOSEARCH_FAULT_INTERVAL (mean seconds between two kills, default 5).
+killed; default 60, by `make test-faults` 300) and YOLOSEARCH_FAULT_INTERVAL (mean seconds between kills, default 5).
 """
 
+import gc
 import multiprocessing
 import os
 import random
@@ -14,6 +15,7 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from multiprocessing.pool import Pool
@@ -42,6 +44,7 @@ from search.database import make_engine
 from search.launch.local import LocalLauncher
 from search.launch.mlflow_ui import MlflowUi
 from search.launch.plan import LaunchPlan
+from search.launch.prepare import StudyPlan, create_or_resume, plan_study
 from search.ledger import Ledger, StudyRecord, TicketState
 from search.paths import StudyFolder
 from search.report import study_status
@@ -530,6 +533,47 @@ def test_takers_racing_for_ten_expired_leases_twenty_times_take_each_once(claim_
         ids = new_study(ledger, f"s{number}", 10)
         assert len(ledger.claim(f"s{number}", "late", 10, -1.0)) == 10
         assert all_claims(claimers, claim_url, f"s{number}") == [(ticket_id, 2) for ticket_id in ids]
+
+
+# ---- cold starts -----------------------------------------------------------------------------------------------------
+
+COLD_STARTS = 20
+
+
+def _start_cold(plan: StudyPlan, index: int) -> tuple[bool, int, list[int]] | str:
+    """Creates the study as `run` does, or finds it created: whether it did, tickets, trials; or what failed."""
+    _barrier.wait()
+    try:
+        created = create_or_resume(plan)
+        study = load_study(plan.config, open_storage(plan.storage_url))
+        tickets = Ledger(make_engine(plan.storage_url)).tickets(NAME)
+        return created, len(tickets), [trial.number for trial in study.trials]
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        gc.collect()  # closes the engines' connections: a server has a hundred, and here come 20 databases
+
+
+@pytest.mark.parametrize("backend", ["postgresql", "sqlite"])
+def test_cold_start_of_eight_processes_on_twenty_empty_databases_all_come_up(
+    make: Callable[..., TinyStudy], claimers: Pool, request: pytest.FixtureRequest, backend: str
+) -> None:
+    study = make(created=False, trials=5)
+    plan = plan_study(study.config, study.storage_url, study.runs)
+    ends: list[tuple[bool, int, list[int]] | str] = []
+    for number in range(COLD_STARTS):
+        url = f"sqlite:///{study.folder / f'cold-{number}' / 'study.db'}"
+        if backend == "postgresql":
+            url = request.getfixturevalue("postgres").new_database()
+        cold = replace(plan, storage_url=url, folder=StudyFolder(study.folder / f"runs-{number}", NAME))
+        ends += claimers.starmap(_start_cold, [(cold, index) for index in range(CLAIMERS)], chunksize=1)
+
+    up = [end for end in ends if not isinstance(end, str)]
+    print(f"{backend}: {len(up)} of {len(ends)} cold starts came up")
+    assert len(ends) == CLAIMERS * COLD_STARTS
+    assert [end for end in ends if isinstance(end, str)] == []
+    assert sum(created for created, _, _ in up) == COLD_STARTS
+    assert {(tickets, tuple(trials)) for _, tickets, trials in up} == {(5, (0,))}
 
 
 # ---- zones and clocks ------------------------------------------------------------------------------------------------
