@@ -426,10 +426,7 @@ def retry(ledger: Ledger, config: StudyConfig, numbers: Collection[int] | None =
         failed = [ticket for ticket in tickets.values() if ticket.state is TicketState.FAIL]
         numbers = [ticket.number for ticket in failed if ticket.number not in retried]
     params = {number: _same_params(config, number, tickets.get(number)) for number in sorted(set(numbers))}
-    added = ledger.retry_tickets(config.name, params) if params else ()
-    if added:
-        ledger.stop(config.name, None)
-    return added
+    return ledger.retry_tickets(config.name, params) if params else ()
 
 
 def _same_params(config: StudyConfig, number: int, ticket: Ticket | None) -> dict[str, Any] | None:

@@ -133,10 +133,10 @@ class Ledger:
         """No more tickets are given out, for `reason`; None lets the study go on, and old failures count no more."""
 
         def update(connection: Connection) -> None:
-            values: dict[str, Any] = {"stop_reason": reason, "stop_kind": kind}
             if reason is None:
-                values |= {"resumed": clock(connection), "stop_kind": None}
-            _update_study(connection, name, values)
+                _let_go_on(connection, name)
+            else:
+                _update_study(connection, name, {"stop_reason": reason, "stop_kind": kind})
 
         self._write(update)
 
@@ -225,7 +225,7 @@ class Ledger:
     def retry_tickets(
         self, study: str, fixed_params: Mapping[int, Mapping[str, Any] | None], *, kind: str = SEARCH
     ) -> tuple[Ticket, ...]:
-        """Adds a new ticket for each of some failed ones, which stay as they are.
+        """Adds a new ticket for each of some failed ones, which stay as they are; a study that was stopped goes on.
 
         Args:
             study: its name.
@@ -252,6 +252,9 @@ class Ledger:
                     _refuse_retry(study, number, f"was retried already, as trial {retried[number]}")
                 if (state := states.get(number)) != TicketState.FAIL:
                     _refuse_retry(study, number, "does not exist" if state is None else f"is {state}")
+            # With the tickets: asked once more after a crash in between, there would be nothing left to retry.
+            if numbers and kind == SEARCH:
+                _let_go_on(connection, study)
             return [_proposal(params, retry_of=number) for number, params in fixed_params.items()]
 
         return self._add(study, kind, retries)
@@ -897,6 +900,10 @@ class Ledger:
 
     def _update_study(self, name: str, values: Mapping[str, Any]) -> None:
         self._write(lambda connection: _update_study(connection, name, values))
+
+
+def _let_go_on(connection: Connection, name: str) -> None:
+    _update_study(connection, name, {"stop_reason": None, "stop_kind": None, "resumed": clock(connection)})
 
 
 def _update_study(connection: Connection, name: str, values: Mapping[str, Any]) -> None:

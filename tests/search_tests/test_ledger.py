@@ -703,6 +703,22 @@ def test_retry_tickets_adds_new_ones_and_leaves_the_failed(ledger: Ledger) -> No
     ]
 
 
+def test_retry_tickets_of_a_stopped_study_lets_it_go_on_in_the_same_step(ledger: Ledger, engine: Engine) -> None:
+    spend(ledger, TicketState.FAIL, TicketState.FAIL)
+    ledger.stop("s", "2 trials in a row failed")
+    with pytest.raises(UserInputError):
+        ledger.retry_tickets("s", {0: None, 9: None})
+    assert ledger.study("s").stop_reason == "2 trials in a row failed"
+    commits: list[object] = []
+    note = commits.append
+    event.listen(engine, "commit", note)
+    ledger.retry_tickets("s", {0: None, 1: None})
+    event.remove(engine, "commit", note)
+    assert len(commits) == 1
+    assert (ledger.study("s").stop_reason, ledger.study("s").stop_kind) == (None, None)
+    assert ledger.failures_in_a_row("s") == 0
+
+
 @pytest.mark.parametrize(
     ("number", "problem"), [(0, "was retried already, as trial 4"), (1, "is COMPLETE"), (3, "is WAITING"), (9, "does")]
 )
