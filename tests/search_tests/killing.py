@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection as Pipe
@@ -18,8 +19,14 @@ from typing import Any
 import torch
 from sqlalchemy import event
 from sqlalchemy.engine import Connection, Engine
-from tiny import TinyStudy
+from tiny import NAME, TinyStudy
 
+from search.confirm import add_confirmation
+from search.housekeeping import retry
+from search.launch.local import LocalLauncher
+from search.launch.plan import LaunchPlan, Seat
+from search.ledger import CONFIRM
+from search.paths import StudyFolder
 from search.worker import trainer_process, worker
 from search.worker.trainer_link import TrainerLink
 from search.worker.trainer_process import TrainerSettings
@@ -36,6 +43,8 @@ class KillPoint:
     log: Path
     after: str = ""
     """Counting starts with the first statement that contains this."""
+    asked: bool = False
+    """Whether the process is asked to end (SIGTERM) when counting starts."""
 
     def install(self) -> None:
         """From now on in this process, whatever engine writes."""
@@ -47,7 +56,10 @@ class KillPoint:
             connection: Connection, _cursor: object, statement: str, _values: object, _context: object, _many: bool
         ) -> None:
             nonlocal counting
-            counting = counting or self.after in statement
+            if not counting and self.after in statement:
+                counting = True
+                if self.asked:
+                    os.kill(os.getpid(), signal.SIGTERM)
             if counting and statement.split(None, 1)[0].upper() in WRITES:
                 connection.info.setdefault("written", []).append(" ".join(statement.split()[:4]))
 
@@ -100,20 +112,60 @@ class ThreadLink(TrainerLink):
         self._process = TrainerThread(theirs, self._settings)  # type: ignore[assignment]
 
 
+# ---- entry points of processes: each to its end, or to the kill point ------------------------------------------------
+
+
 def work(study: TinyStudy, worker_id: str, point: KillPoint) -> None:
-    """Entry point of a process: a worker, to its end or to the kill point."""
-    _quiet(point.log)
-    torch.set_num_threads(1)
-    worker.TrainerLink = ThreadLink  # type: ignore[misc]
-    point.install()
+    """A worker."""
+    _begin(point)
     study.work(worker_id)
 
 
 def create(study: TinyStudy, point: KillPoint) -> None:
-    """Entry point of a process: what `run` does before it starts workers."""
-    _quiet(point.log)
-    point.install()
+    """What `run` does before it starts workers."""
+    _begin(point)
     study.create()
+
+
+def confirm(study: TinyStudy, worker_id: str, point: KillPoint) -> None:
+    """What `confirm` does: it adds the reruns of the best trial and of the base on one seed, and trains them."""
+    _begin(point)
+    add_confirmation(study.ledger, study.config, top=1, seeds=1, epochs=study.config.train.epochs)
+    study.work(worker_id, kinds=(CONFIRM,))
+
+
+def try_again(study: TinyStudy, point: KillPoint) -> None:
+    """What `retry` does."""
+    _begin(point)
+    retry(study.ledger, study.config)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeadlyPlan(LaunchPlan):
+    """Workers that register and claim a trial as all do; the first then dies, the others do not end when asked to."""
+
+    def worker_command(
+        self, worker_id: str, seat: Seat, *, parent: int | None = None, seconds_left: float | None = None
+    ) -> list[str]:
+        return [sys.executable, str(Path(__file__).with_name("deadly.py")), worker_id, str(seat.index), str(parent)]
+
+
+def launch(study: TinyStudy, point: KillPoint) -> None:
+    """A launcher that sees one of its two workers die, and then ends, for which it has to kill the other one."""
+    _begin(point)
+    plan = DeadlyPlan(storage_url=study.storage_url, folder=StudyFolder(study.runs, NAME), workers=2, stop_seconds=0.1)
+    ledger = study.ledger
+    with LocalLauncher(plan, ledger) as launcher:
+        while not all(ticket.attempt for ticket in ledger.tickets(NAME)) or len(launcher.pids) > 1:
+            time.sleep(0.05)
+        launcher.poll()
+
+
+def _begin(point: KillPoint) -> None:
+    _quiet(point.log)
+    torch.set_num_threads(1)
+    worker.TrainerLink = ThreadLink  # type: ignore[misc]
+    point.install()
 
 
 def _quiet(log: Path) -> None:
