@@ -11,8 +11,10 @@ ratios, a power). Everything that trains, shows or exports takes raw `Hyperparam
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from search.config import StudyConfig, conditional_keys
@@ -71,10 +73,27 @@ def hyperparameters(config: StudyConfig, params: Mapping[str, float]) -> Hyperpa
     Args:
         config: the study, as its database has it where the space compensates or weighs classes.
         params: of the trial; keys that are missing are as in the base.
+
+    Raises:
+        HyperparameterError: a computed gain lies outside of what means anything.
     """
     base = config.base_hyperparameters()
     if not params or dict(params) == search_params(config, base):
         return base
+    return base.replace(**_changes(config, base, params))
+
+
+def raw_values(config: StudyConfig, params: Mapping[str, float]) -> dict[str, float]:
+    """The values of `hyperparameters` as numbers, also those that no training accepts: for records of such a trial."""
+    base = config.base_hyperparameters()
+    if not params or dict(params) == search_params(config, base):
+        return base.to_mapping()
+    changes = _changes(config, base, params)
+    return {**base.to_mapping(), **{key: changes[key] for key in changes if key in HYPERPARAMETER_KEYS}}
+
+
+def _changes(config: StudyConfig, base: Hyperparameters, params: Mapping[str, float]) -> dict[str, Any]:
+    """What a trial has otherwise than the base."""
     changes: dict[str, Any] = {key: float(value) for key, value in params.items() if key in HYPERPARAMETER_KEYS}
     changes.update({key: 0.0 for key in config.space if is_off(config, key, params)})
     changes.update(_gains(base, params))
@@ -83,7 +102,7 @@ def hyperparameters(config: StudyConfig, params: Mapping[str, float]) -> Hyperpa
     if POWER_KEY in params:
         counts, mean = _facts(config).class_counts, changes.get("cls_pw", base.cls_pw)
         changes[PER_CLASS_KEY] = class_weights(counts, params[POWER_KEY], mean)
-    return base.replace(**changes)
+    return changes
 
 
 def class_weights(counts: tuple[int, ...], power: float, mean: float) -> tuple[float, ...] | None:
@@ -156,6 +175,83 @@ def _computed(config: StudyConfig) -> tuple[str, ...]:
 
 def _rounded(value: float) -> float:
     return float(f"{value:.{DIGITS}g}")
+
+
+# ---- how far the computed gains reach --------------------------------------------------------------------------------
+
+
+COMPENSATED_BY: Mapping[str, tuple[str, ...]] = {"cls": ("fl_gamma", "cls_pw"), "obj": ("fl_gamma", "obj_pw")}
+"""The search keys that the factor of each compensated gain depends on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Excess:
+    """A computed gain that some trials of a space could not be trained with."""
+
+    gain: str
+    value: float
+    """The farthest that it gets."""
+    at: Mapping[str, float]
+    """The search parameters there."""
+
+
+def excess_gain(config: StudyConfig) -> Excess | None:
+    """The computed gain that leaves its limits by the largest factor anywhere in the space; None where none does.
+
+    Gains rise or fall with each search parameter whatever the others are, so that their extremes lie at the ends of the
+    ranges: the larger gamma, the smaller the loss with it; and a ratio of losses is one of two linear functions of the
+    positive weight.
+    """
+    base = config.base_hyperparameters()
+    found, largest = None, 1.0
+    for gain in sorted(_computed(config)):
+        low, high = RANGES[gain]
+        parts = (*RATIO_KEYS, gain, *(COMPENSATED_BY.get(gain, ()) if compensates(config) else ()))
+        for at in _corners(config, parts):
+            value = float(_changes(config, base, at).get(gain, getattr(base, gain)))
+            factor = max(value / high, low / value)
+            if factor > largest:
+                found, largest = Excess(gain, value, at), factor
+    return found
+
+
+def _corners(config: StudyConfig, parts: Sequence[str]) -> Iterator[dict[str, float]]:
+    """Every combination of the ends of these keys, as far as they are searched."""
+    keys = [key for key in parts if key in config.space]
+    for corner in itertools.product(*(_ends(config.space[key]) for key in keys)):
+        yield dict(zip(keys, corner, strict=True))
+
+
+GAMMA_STEP = 0.01
+"""How finely `largest_gamma` looks."""
+
+
+def largest_gamma(config: StudyConfig) -> float | None:
+    """The highest end of `fl_gamma` with which no computed gain leaves its limits; None where none would do."""
+    entry = config.space["fl_gamma"]
+    if entry.low is None or entry.high is None:
+        return max((one for one in entry.choices or () if _fits(config, entry, choices=(one,))), default=None)
+    low, high = math.ceil(entry.low / GAMMA_STEP), math.floor(entry.high / GAMMA_STEP)
+    if not _fits(config, entry, high=low * GAMMA_STEP):
+        return None
+    while low < high:  # gains grow with gamma
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if _fits(config, entry, high=middle * GAMMA_STEP) else (low, middle - 1)
+    return low * GAMMA_STEP
+
+
+def _fits(config: StudyConfig, entry: SpaceEntry, **changes: Any) -> bool:
+    space = {**config.space, "fl_gamma": entry.model_copy(update=changes)}
+    return excess_gain(config.model_copy(update={"space": space})) is None
+
+
+def _ends(entry: SpaceEntry) -> tuple[float, ...]:
+    """The smallest and the largest value."""
+    if entry.choices is not None:
+        return (min(entry.choices), max(entry.choices))
+    assert entry.low is not None
+    assert entry.high is not None
+    return (entry.low, entry.high)
 
 
 # ---- raw values to search parameters ---------------------------------------------------------------------------------
@@ -251,8 +347,8 @@ def shown_params(config: StudyConfig, params: Mapping[str, float]) -> dict[str, 
     is_plain = not conditional_keys(config) and not compensates(config) and not set(config.space) & set(OWN_BASE)
     if not params or is_plain:
         return dict(params)
-    hyp = hyperparameters(config, params)
-    raw = {key: float(getattr(hyp, key)) for key in moved_keys(config) if key in HYPERPARAMETER_KEYS}
+    values = raw_values(config, params)
+    raw = {key: float(values[key]) for key in moved_keys(config) if key in HYPERPARAMETER_KEYS}
     return raw | ({POWER_KEY: params[POWER_KEY]} if POWER_KEY in params else {})
 
 

@@ -28,7 +28,7 @@ from search.ledger import NOISE, EpochRow, Ledger, Ticket, TicketState, front
 from search.recommendation import recommended
 from search.study import tell
 from search.tracking import TrackedState, Tracker
-from search.transforms import hyperparameters
+from search.transforms import hyperparameters, raw_values
 from search.weights import value_row
 from search.worker.gallery import FINAL_SECONDS, Gallery
 from search.worker.records import (
@@ -42,7 +42,7 @@ from search.worker.records import (
     search_is_over,
     table_columns,
 )
-from yolocore.errors import CheckpointError
+from yolocore.errors import CheckpointError, HyperparameterError
 
 logger = logging.getLogger(__name__)
 
@@ -154,12 +154,13 @@ class Mirror:
     def _run_of(self, ticket: Ticket) -> str:
         if ticket.run_id is not None:
             return ticket.run_id
-        hyp = hyperparameters(self._context.config, ticket.params or {})
+        # As numbers: those of a trial that failed since no training takes them are recorded, too.
+        values = raw_values(self._context.config, ticket.params or {})
         run_id = self._tracker.ensure_trial_run(
             self._context.record.name,
             self._ticket_key(ticket),
             run_name(ticket),
-            hyp.to_mapping(),
+            values,
             {**self._context.tags, **run_tags(ticket)},
             ticket.kind if ticket.is_rerun else "trial",
         )
@@ -223,7 +224,10 @@ class Mirror:
             logger.warning("%s", error)
 
     def _hyp_text(self, ticket: Ticket) -> str:
-        hyp = hyperparameters(self._context.config, ticket.params or {})
+        try:
+            hyp = hyperparameters(self._context.config, ticket.params or {})
+        except HyperparameterError as error:
+            return f"# {ticket.label} of study {ticket.study} was not trained: {error}\n"
         rerun = f": trial {ticket.candidate} again (0 is the base)" if ticket.is_rerun else ", unconfirmed"
         lines = [f"{ticket.label} of study {ticket.study}{rerun}"]
         if ticket.objective_values is not None:

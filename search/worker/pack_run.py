@@ -31,7 +31,7 @@ from search.worker.messages import (
 )
 from search.worker.mirror import Mirror
 from search.worker.trainer_link import TrainerLink
-from yolocore.errors import CheckpointError
+from yolocore.errors import CheckpointError, HyperparameterError
 from yolocore.metrics import DetectionMetrics
 from yolocore.training.optim import EarlyStopping
 from yolocore.training.trainer import EpochReport
@@ -99,7 +99,9 @@ class PackRun:
             PackCrashedError: Something in the pack raised.
             UserInputError: Data, weights or device cannot be used; no trial is to blame.
         """
-        starts = tuple(self._start(ticket) for ticket in self.alive.values())
+        starts = self._starts(list(self.alive.values()))
+        if not starts:
+            return
         self._trainer.send(StartPack(starts, self.in_fidelity, self._cohort))
         while not isinstance(message := self._trainer.receive(), PackEnded):
             match message:
@@ -119,7 +121,18 @@ class PackRun:
         tickets = () if self._refill is None else self._refill(len(self.alive))
         self.alive.update({ticket.id: ticket for ticket in tickets})
         self.total += len(tickets)
-        return tuple(self._start(ticket) for ticket in tickets)
+        return self._starts(tickets)
+
+    def _starts(self, tickets: Iterable[Ticket]) -> tuple[TrialStart, ...]:
+        """What the trainer needs of them. One whose hyperparameters mean nothing fails, and the others go on."""
+        starts = []
+        for ticket in tickets:
+            try:
+                starts.append(self._start(ticket))
+            except HyperparameterError as error:
+                logger.warning("%s fails: %s", ticket.label, error)
+                self._unless_lost(ticket, partial(self.fail, ticket, f"cannot be trained: {error}"))
+        return tuple(starts)
 
     def fail(self, ticket: Ticket, reason: str) -> None:
         """Ends a trial as FAIL."""

@@ -17,11 +17,15 @@ from search.transforms import (
     at_bounds,
     base_params,
     class_weights,
+    excess_gain,
     hyperparameters,
+    largest_gamma,
     moved_keys,
+    raw_values,
     search_params,
     shown_params,
 )
+from yolocore.errors import HyperparameterError
 from yolocore.hyperparameters import Hyperparameters
 from yolocore.initial import InitialLevel, class_factor, objectness_factor
 
@@ -220,3 +224,72 @@ def test_at_bounds_names_ends_that_could_be_moved() -> None:
 def test_data_facts_survive_the_database() -> None:
     assert study("all").facts == FACTS
     assert StudyConfig.from_json(study("all").to_json()).facts is None
+
+
+SPARSE = DataFacts(
+    class_counts=(3, 2),
+    levels=(InitialLevel(-6.7, 19200, ((0.05, 0.3),)), InitialLevel(-5.3, 4800, ()), InitialLevel(-3.9, 1200, ())),
+)
+"""Of images that show nearly nothing but background."""
+
+
+def sparse_study(name: str = "compensate", **changes: Any) -> StudyConfig:
+    data = {"name": "s", "data": "builtin:digits", "trials": 2, **SPACES[name], **changes}
+    return StudyConfig.from_json(Prepared(facts=SPARSE).added_to(parse_study(data, source="study.yaml").to_json()))
+
+
+def test_excess_gain_on_much_background_is_where_default_ranges_leave_the_limits() -> None:
+    config = sparse_study()
+
+    found = excess_gain(config)
+
+    assert found is not None
+    assert (found.gain, found.at) == ("obj", {"obj": 5.0, "fl_gamma": 2.0, "obj_pw": 0.25})
+    with pytest.raises(HyperparameterError, match=r"obj is .* allowed is a number from 1e-06 to 1000"):
+        hyperparameters(config, {**found.at, "fl_gamma.switch": 0.75})
+    assert found.value == pytest.approx(5.0 * objectness_factor(SPARSE.levels, 2.0, 0.25))
+    assert excess_gain(study("compensate")) is None
+    assert excess_gain(study("raw")) is None
+
+
+@pytest.mark.parametrize("name", ["compensate", "all"])
+def test_excess_gain_below_the_largest_gamma_no_draw_leaves_the_limits(name: str) -> None:
+    gamma = largest_gamma(sparse_study(name))
+    assert gamma is not None
+    space = {**SPACES[name]["space"], "fl_gamma": {**FOCAL, "high": gamma, "compensate": True}}
+    config = sparse_study(name, space=space)
+
+    @settings(max_examples=200, deadline=None)
+    @given(drawn(config))
+    def check(params: dict[str, float]) -> None:
+        hyperparameters(config, params)
+
+    assert excess_gain(config) is None
+    check()
+
+
+def test_largest_gamma_of_choices_is_one_of_them_and_none_where_no_value_helps() -> None:
+    choices = {"choices": [0, 1, 2, 3], "compensate": True}
+    assert largest_gamma(sparse_study(space={"obj": "default", "fl_gamma": choices})) == 1
+    always = {"obj": {"low": 0.5, "high": 990}, "fl_gamma": {**FOCAL, "compensate": True}}
+    assert largest_gamma(sparse_study(space=always)) is None
+
+
+def test_excess_gain_of_ratios_alone_is_found_too() -> None:
+    config = study("two", space={"gain_scale": {"low": 0.5, "high": 900}, "box_to_obj": "default"})
+
+    found = excess_gain(config)
+
+    assert found is not None
+    assert (found.gain, found.at) == ("obj", {"gain_scale": 900, "box_to_obj": 0.125})
+
+
+def test_raw_values_are_those_of_hyperparameters_and_there_where_these_are_refused() -> None:
+    config = sparse_study()
+    far = {"fl_gamma.switch": 0.75, "fl_gamma": 2.0, "obj": 5.0, "obj_pw": 0.25, "cls": 0.5}
+    near = {**far, "fl_gamma": 0.4}
+
+    assert raw_values(config, near) == hyperparameters(config, near).to_mapping()
+    assert raw_values(config, {}) == Hyperparameters().to_mapping()
+    assert raw_values(config, far)["obj"] > 1000
+    assert shown_params(config, far)["obj"] == raw_values(config, far)["obj"]

@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import re
 import resource
 import signal
 import sqlite3
@@ -26,7 +27,7 @@ from search.checkpoints import CheckpointStore
 from search.config import StudyConfig
 from search.database import make_engine
 from search.errors import LeaseLostError, StudyConflictError, StudyStoppedError, UnknownStudyError, UserInputError
-from search.ledger import Ledger, Ticket, TicketState, WorkerState
+from search.ledger import CONFIRM, Ledger, Rerun, Ticket, TicketState, WorkerState
 from search.report import study_status
 from search.tracking import EpochMetrics, TrackingConfigError, open_tracker
 from search.transforms import hyperparameters
@@ -1036,3 +1037,46 @@ def test_run_worker_on_postgresql_resumes_a_study(make: Callable[..., TinyStudy]
     engine = make_engine(postgres_url)
     assert len(Ledger(engine).all_reports(NAME)) == 2
     engine.dispose()
+
+
+def test_run_worker_hyperparameters_that_mean_nothing_fail_their_trial_alone(make: Callable[..., TinyStudy]) -> None:
+    focal = {"low": 0.3, "high": 1.0, "off": 0.5, "compensate": True}
+    study = make(space={"obj": {"low": 0.5, "high": 20.0}, "fl_gamma": focal}, trials=4, tracked=True)
+    study.create()
+    wide = study.config.to_json()["space"]
+    wide["obj"]["high"] = 900.0
+    study.ledger.update_config(NAME, {"space": wide})  # as a version made it that did not look
+    sound = {"obj": 2.0, "fl_gamma": 0.5}
+    study.ledger.fix_params(NAME, [{"obj": 890.0, "fl_gamma": 1.0}, sound, {"obj": 880.0, "fl_gamma": 1.0}])
+
+    assert study.work() == 4
+
+    first, second = (ticket for ticket in study.tickets() if ticket.state is FAIL)
+    assert study.states() == [COMPLETE, FAIL, COMPLETE, FAIL]
+    assert re.match(
+        r"cannot be trained: hyperparameters: obj is \d{4,}.*; allowed is a number from ", first.reason or ""
+    )
+    assert (first.attempt, second.attempt) == (1, 1)
+    assert [trial.state for trial in study.optuna_trials()].count(TrialState.FAIL) == 2
+    runs = study.mlflow_runs()
+    run = runs[f"trial-{first.trial_number:05d}"]
+    assert (run.info.status, float(run.data.params["obj"]) > 1000) == ("FAILED", True)
+    assert runs["summary"].info.status == "FINISHED"
+    assert not study.ledger.unmirrored(NAME)
+    # Commands that show the trial do so.
+    frozen = StudyConfig.from_json(study.ledger.study(NAME).config)
+    shown = next(trial for trial in study_status(study.ledger, frozen).trials if trial.number == first.trial_number)
+    assert shown.params["obj"] > 1000
+
+
+def test_run_worker_of_reruns_that_mean_nothing_ends(make: Callable[..., TinyStudy]) -> None:
+    focal = {"low": 0.3, "high": 1.0, "off": 0.5, "compensate": True}
+    study = make(space={"obj": {"low": 0.5, "high": 20.0}, "fl_gamma": focal}, trials=1)
+    study.create()
+    params = {"obj": 890.0, "fl_gamma.switch": 0.75, "fl_gamma": 1.0}
+    study.ledger.add_reruns(NAME, CONFIRM, [Rerun(candidate=0, seed=1, epochs=2, params=params)])
+
+    assert study.work(kinds=(CONFIRM,)) == 1
+
+    (ticket,) = study.ledger.tickets(NAME, (CONFIRM,))
+    assert (ticket.state, (ticket.reason or "").startswith("cannot be trained: ")) == (FAIL, True)
