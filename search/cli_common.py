@@ -101,7 +101,7 @@ def read_study(study: str, storage: str | None, runs_dir: Path | None) -> tuple[
     return ledger, config, study_status(ledger, config)
 
 
-def plan_of(study: Path, storage: str | None, runs: Path, data: Path | None = None) -> StudyPlan:
+def plan_of(study: Path, storage: str | None, runs: Path, data: Path | None = None, noise_seeds: int = 0) -> StudyPlan:
     """A study file, checked against its data (`data`: where its YAML lies on this host) and this host."""
     config = load_study_config(study)
     url = resolve_storage_url(storage, runs, config.name)
@@ -109,7 +109,7 @@ def plan_of(study: Path, storage: str | None, runs: Path, data: Path | None = No
     refuse_shared_database(config, url, runs)
     from search.launch.prepare import plan_study
 
-    return plan_study(config, url, runs, data)
+    return plan_study(config, url, runs, data, noise_seeds)
 
 
 def more_trials(text: str | None) -> int:
@@ -149,7 +149,12 @@ def export_hyp(
 
 
 def export_front(
-    ledger: Ledger, config: StudyConfig, which: str, output: Path | None, runs_dir: Path | None
+    ledger: Ledger,
+    config: StudyConfig,
+    which: str,
+    output: Path | None,
+    runs_dir: Path | None,
+    form: ExportFormat = ExportFormat.YOLOV5,
 ) -> dict[int, Exported]:
     """Writes the hyps of the Pareto front, by default into the study's folder.
 
@@ -159,6 +164,7 @@ def export_front(
         which: `all`, or a trial's number.
         output: The file for one trial, a folder for all.
         runs_dir: Where everything is written.
+        form: Of the files.
 
     Returns:
         What was written, by the trial's number.
@@ -166,7 +172,8 @@ def export_front(
     Raises:
         UserInputError: One objective only, or a trial that is not on the front.
     """
-    from search.export import export_best, front_trials
+    from search.export import front_trials
+    from search.formats import export_as
 
     if which != "all" and not which.isdecimal():
         raise UserInputError(f"--pareto: got {which!r}; allowed: all, or the number of a trial of the front")
@@ -174,10 +181,10 @@ def export_front(
     folder = StudyFolder(runs_folder(runs_dir), config.name)
     written = {}
     for best in found:
-        target = folder.pareto_hyp(best.trial_number)
+        target = folder.pareto_hyp(best.trial_number, form)
         if output is not None:
             target = output / target.name if which == "all" else output
-        written[best.trial_number] = Exported(export_best(best, target), best)
+        written[best.trial_number] = Exported(export_as(best, target, form), best)
     return written
 
 

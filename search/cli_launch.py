@@ -269,11 +269,17 @@ def worker(
 
 
 def create_job(
-    study: Path, trials: str | None, storage: str | None, runs: Path, quiet: bool, data: Path | None = None
+    study: Path,
+    trials: str | None,
+    storage: str | None,
+    runs: Path,
+    quiet: bool,
+    data: Path | None = None,
+    noise_seeds: int = 0,
 ) -> Job:
-    """The study of a file: created, or taken up again."""
+    """The study of a file: created, or taken up again; the caller adds so many reruns of its base."""
     more = more_trials(trials)
-    plan = plan_of(study, storage, runs, data)
+    plan = plan_of(study, storage, runs, data, noise_seeds)
     from search.launch.prepare import create_or_resume
 
     created = create_or_resume(plan, more)

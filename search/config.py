@@ -87,6 +87,10 @@ FORMER_DEFAULTS: Mapping[str, object] = {"pack": 4, "workers": 0, "patience": 0}
 """What keys of `train` that a study file left out once stood for; 0 is what trainings did before there was patience."""
 
 MOST_RERUN_SEEDS = 1000
+RERUN_SEEDS, CONFIRM_TOP = 5, 3
+"""How many seeds reruns have, and how many trials are confirmed, unless the user says otherwise."""
+NO_OFF_SAMPLERS = ("gp", "cmaes", "nsga2", "grid")
+"""They need every key in every trial, so that none can be off."""
 """More are not worth training."""
 
 STUDY_WIDE_KEYS = frozenset({"pack", "autoanchor", "keep_weights"})
@@ -190,6 +194,11 @@ class StudyConfig(Section):
     def all_objectives(self) -> tuple[ObjectiveConfig, ...]:
         """What is maximised: one objective, or several at once."""
         return self.objectives or (self.objective,)
+
+    @property
+    def base_name(self) -> str:
+        """What the base is called in running text: the defaults, unless the study has a base of its own."""
+        return "the defaults" if self.base_hyp is None else "the base"
 
     def objective_text(self) -> str:
         """What is maximised, in words."""
@@ -830,7 +839,7 @@ def _base_advice(name: str) -> str:
 
 def _check_sampler(config: StudyConfig) -> Iterator[Problem]:
     name = config.sampler.name
-    if name in ("gp", "cmaes", "nsga2", "grid") and (key := next(iter(conditional_keys(config)), None)):
+    if name in NO_OFF_SAMPLERS and (key := next(iter(conditional_keys(config)), None)):
         found = f"has off, and sampler {name} cannot search a key that is not always there"
         yield Problem(f"space.{key}", found, "sampler tpe, random or qmc, or choices with 0 among them")
     elif name == "grid":

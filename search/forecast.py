@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from search.config import StudyConfig
+from search.config import CONFIRM_TOP, RERUN_SEEDS, StudyConfig
 from search.settings import AshaPruner, HyperbandPruner, MedianPruner, NonePruner, PrunerConfig
 
 ENOUGH_TRIALS = 8
@@ -207,6 +207,8 @@ class Cost:
     """Trials that go on from the cheap training, where there is one."""
     reruns: int = 0
     """Full trainings of the base that measure the noise; not in `expected` and `most` either."""
+    confirmation: int = 0
+    """Full trainings of a confirmation afterwards, which nobody has to ask for; in none of the sums."""
 
     @property
     def slot_epochs(self) -> float:
@@ -263,12 +265,20 @@ def expected_cost(pruner: PrunerConfig, trials: int, epochs: int, eval_every: in
 def study_cost(config: StudyConfig) -> Cost:
     """The cost of a study: with a fidelity of those that will be promoted, and the cheap trainings beside it."""
     fidelity, epochs, every = config.fidelity, config.train.epochs, config.train.eval_every
+    noise, confirmation = config.noise.seeds, _confirmation(config)
     if fidelity is None:
-        return replace(expected_cost(config.pruner, config.trials, epochs, every), reruns=config.noise.seeds)
+        alone = expected_cost(config.pruner, config.trials, epochs, every)
+        return replace(alone, reruns=noise, confirmation=confirmation)
     promoted = 1 + math.ceil((config.trials - 1) / fidelity.reduction_factor)
     full = expected_cost(config.pruner, promoted, epochs, every)
     cheap = config.trials * fidelity.epochs
-    return replace(full, cheap=cheap, promoted=promoted, reruns=config.noise.seeds)
+    return replace(full, cheap=cheap, promoted=promoted, reruns=noise, confirmation=confirmation)
+
+
+def _confirmation(config: StudyConfig) -> int:
+    """Trainings of `confirm` as it is usually called: base and best trials on every seed; it compares one objective."""
+    candidates = min(CONFIRM_TOP, config.trials - 1)
+    return 0 if config.objectives or candidates < 1 else (1 + candidates) * RERUN_SEEDS
 
 
 def simulated_lengths(
@@ -397,7 +407,21 @@ class Forecast:
 
     def rows(self, now: datetime) -> list[tuple[str, str]]:
         """The forecast as name and text."""
-        return [("cost", self.cost.text()), ("time", self._time(now))]
+        rows = [("cost", self.cost.text()), ("time", self._time(now))]
+        return [*rows, ("then confirm", self._confirmation())] if self.cost.confirmation else rows
+
+    @property
+    def confirmation_seconds(self) -> float | None:
+        """What a confirmation afterwards takes with one worker; None where no speed is known."""
+        if self.speed is None:
+            return None
+        return self.cost.confirmation * self.cost.epochs * self.speed.seconds
+
+    def _confirmation(self) -> str:
+        seconds, candidates = self.confirmation_seconds, self.cost.confirmation // RERUN_SEEDS - 1
+        time = "" if seconds is None else f", about {hours(seconds)} with one worker"
+        call = f"`yolosearch confirm STUDY --top {candidates} --seeds {RERUN_SEEDS}`"
+        return f"{self.cost.confirmation} more trainings for {call}{time}"
 
     def _time(self, now: datetime) -> str:
         if self.speed is None or self.seconds is None:
@@ -419,6 +443,8 @@ class Forecast:
             "slot_epochs_at_most": self.cost.most,
             "cheap_slot_epochs": self.cost.cheap,
             "noise_trainings": self.cost.reruns,
+            "confirmation_trainings": self.cost.confirmation,
+            "confirmation_seconds_with_one_worker": self.confirmation_seconds,
             "pruning_is_known": self.cost.is_known,
             "speed": speed,
             "seconds_with_one_worker": self.seconds,

@@ -78,9 +78,10 @@ class StudyFolder:
         """Where `export --format` writes unless told otherwise."""
         return self.root / _EXPORTED[form]
 
-    def pareto_hyp(self, trial_number: int) -> Path:
+    def pareto_hyp(self, trial_number: int, form: ExportFormat = ExportFormat.YOLOV5) -> Path:
         """Where `export --pareto` writes the hyp of a trial of the front."""
-        return self.root / f"hyp.pareto-{trial_number}.yaml"
+        end = _EXPORTED[form].removeprefix("hyp.").removeprefix("best.")
+        return self.root / f"hyp.pareto-{trial_number}.{end}"
 
     def trial(self, ticket_number: int, kind: str = "search") -> Path:
         """Folder of one trial's files, or of a ticket's of another kind."""

@@ -48,24 +48,28 @@ def measured_noise(tickets: Sequence[Ticket]) -> float | None:
     return spread(values).sd if len(values) >= LEAST_SEEDS else None
 
 
-def require_noise(config: StudyConfig, ledger: Ledger | None) -> None:
+def require_noise(config: StudyConfig, ledger: Ledger | None, planned: int = 0) -> None:
     """Refuses `stop.below_noise` where no noise will ever be known.
 
     Args:
         config: the study.
-        ledger: in its database; None where there is none yet.
+        ledger: in its database; None where the study does not exist yet.
+        planned: reruns of the base that are added next, beside those of the study file.
 
     Raises:
         UserInputError: the study file measures no noise, and the study has no noise tickets.
     """
-    if not config.stop.below_noise or config.noise.seeds >= LEAST_SEEDS:
+    if not config.stop.below_noise or max(config.noise.seeds, planned) >= LEAST_SEEDS:
         return
     if ledger is not None and len(ledger.tickets(config.name, (NOISE,))) >= LEAST_SEEDS:
         return
+    # By its name a study is only found once it exists; by its file it is created.
+    study = "STUDY.yaml" if ledger is None else config.name
+    creates = ", which creates the study" if ledger is None else ""
     raise UserInputError(
         f"study {config.name}: stop.below_noise: got true, and nothing measures the noise; allowed: with "
         f"noise: {{seeds: {LEAST_SEEDS} or more}} in the study file, or after "
-        f"`yolosearch noise {config.name} --seeds {LEAST_SEEDS}`"
+        f"`yolosearch noise {study} --seeds {LEAST_SEEDS}`{creates}"
     )
 
 

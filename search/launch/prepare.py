@@ -12,11 +12,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from search.config import StudyConfig, check_objective, require_resumable, shared_keys
+from search.config import NO_OFF_SAMPLERS, StudyConfig, check_objective, require_resumable, shared_keys
 from search.confirm import add_noise
 from search.data_facts import DataFacts
-from search.database import init_lock, make_engine, mask_url, sqlite_path
-from search.errors import StudyConfigError, StudyConflictError, UnknownStudyError
+from search.database import database_errors, init_lock, make_engine, mask_url, schema_owner, sqlite_path
+from search.errors import DatabaseError, StudyConfigError, StudyConflictError, UnknownStudyError
 from search.forecast import Forecast, study_cost
 from search.launch.speed import earlier_speed, measure_speed
 from search.ledger import Ledger, StudyRecord
@@ -27,17 +27,21 @@ from search.settings import FidelityConfig
 from search.space import base_params, grid_points, pack_limit
 from search.stopping import require_noise
 from search.study import AskedTrial, check_sampler, create_study, open_storage
-from search.transforms import base_text, compensates
+from search.transforms import base_text, compensates, excess_gain, largest_gamma
 from search.worker.existing import refuse_shared_database
 from search.worker.session import data_yaml, study_tracker, versions
 from yolocore.autoanchor import ENOUGH_RECALL, AnchorFit, AnchorTuple, autoanchor, current_fit
 from yolocore.data.dataset import DatasetConfig, LabelledImage, Split, fingerprint, load_dataset_config, scan_split
 from yolocore.device import resolve_device, resolve_precision
+from yolocore.hyperparameters import RANGES
 from yolocore.initial import initial_levels
 from yolocore.training.optim import NOMINAL_BATCH_SIZE, Clock, Schedule
 from yolocore.training.start import start_weights
 
 logger = logging.getLogger(__name__)
+
+FOCAL_LOW = 0.3
+"""Of the range that `check` proposes for `fl_gamma` when it is on."""
 
 STEPS_FROM_SCRATCH = 500
 STEPS_FROM_WEIGHTS = 100
@@ -71,6 +75,10 @@ class StudyPlan:
     """How many of the model's tensors the weights file gives, as 343/349."""
     forecast: Forecast
     notices: tuple[str, ...]
+    noise_seeds: int = 0
+    """Reruns of the base that the caller adds beside those of the study file."""
+    prepared: Prepared | None = None
+    """What `prepare` gives, where it was needed to check the space."""
 
     def rows(self) -> list[tuple[str, str]]:
         """What `check` and `run` show, as name and text."""
@@ -105,6 +113,8 @@ class StudyPlan:
 
     def prepare(self) -> Prepared:
         """What is worked out once for all trials; takes seconds where the anchors do not fit, more with many labels."""
+        if self.prepared is not None:
+            return self.prepared
         found = autoanchor(*self._anchor_question()) if self.config.train.autoanchor else None
         prepared = Prepared(autoanchor=found, transferred=self.transferred)
         return replace(prepared, facts=self._facts(prepared.anchors or self.anchors))
@@ -159,7 +169,9 @@ class StudyPlan:
         }
 
 
-def plan_study(config: StudyConfig, storage_url: str, runs_dir: Path, data: Path | None = None) -> StudyPlan:
+def plan_study(
+    config: StudyConfig, storage_url: str, runs_dir: Path, data: Path | None = None, noise_seeds: int = 0
+) -> StudyPlan:
     """Checks a study against its data and this machine; writes nothing but a built-in data set.
 
     Args:
@@ -167,6 +179,7 @@ def plan_study(config: StudyConfig, storage_url: str, runs_dir: Path, data: Path
         storage_url: Its database.
         runs_dir: Folder of all studies.
         data: The data set's YAML, where it lies elsewhere on this host.
+        noise_seeds: Reruns of the base that the caller will add beside those of the study file.
 
     Raises:
         UserInputError, yolocore.errors.InputError: One line per mistake.
@@ -174,6 +187,9 @@ def plan_study(config: StudyConfig, storage_url: str, runs_dir: Path, data: Path
     check_sampler(config)
     study_tracker(config, runs_dir)  # refuses a store that MLflow cannot use; opens nothing
     refuse_shared_database(config, storage_url, runs_dir)
+    earlier = _earlier(config.name, storage_url)
+    if earlier.is_known:
+        require_noise(config, earlier.ledger, noise_seeds)
     data = data or data_yaml(config, runs_dir)
     dataset = load_dataset_config(data, single_class=config.train.single_cls)
     splits = {name: scan_split(dataset, name) for name in ("train", "val")}
@@ -183,7 +199,7 @@ def plan_study(config: StudyConfig, storage_url: str, runs_dir: Path, data: Path
     counts = _class_counts(splits["train"])
     precision, found = resolve_precision(config.train.precision, device), fingerprint(dataset)
     start = start_weights(config.train_config(data), dataset.num_classes)
-    return StudyPlan(
+    plan = StudyPlan(
         config=config,
         given=given,
         storage_url=storage_url,
@@ -204,7 +220,86 @@ def plan_study(config: StudyConfig, storage_url: str, runs_dir: Path, data: Path
             speed=earlier_speed(config, found, f"{device} {precision}", storage_url, runs_dir),
         ),
         notices=(*_idle_notices(given, config), *_notices(config, dataset, splits)),
+        noise_seeds=noise_seeds,
     )
+    return _with_checked_gains(plan, earlier)
+
+
+@dataclass(frozen=True, slots=True)
+class _Earlier:
+    """Whether a study exists already."""
+
+    is_known: bool
+    """False where the database cannot be read now, for example since it is to be upgraded first."""
+    ledger: Ledger | None
+    """In the study's database; None where the study does not exist."""
+
+
+def _earlier(study: str, storage_url: str) -> _Earlier:
+    """Looks whether a study exists; writes nothing."""
+    path = sqlite_path(storage_url)
+    if path is not None and not path.is_file():
+        return _Earlier(True, None)
+    try:
+        engine = make_engine(storage_url, create=False)
+        with database_errors(storage_url):
+            if schema_owner(engine) == "empty":
+                return _Earlier(True, None)
+        ledger = Ledger(engine, patience=0.0)
+        ledger.check_schema()
+        return _Earlier(True, ledger if _exists(ledger, study) else None)
+    except DatabaseError:
+        return _Earlier(False, None)
+
+
+def _with_checked_gains(plan: StudyPlan, earlier: _Earlier) -> StudyPlan:
+    """Refuses a new study whose computed gains leave their limits somewhere; of one that exists it is a notice.
+
+    Raises:
+        StudyConfigError: names key, value and what helps.
+    """
+    if not compensates(plan.config):
+        return _noted_excess(plan, plan.config, earlier)
+    stored = None if earlier.ledger is None else Prepared.of(earlier.ledger.study(plan.config.name).config)
+    if stored is None or stored.facts is None:
+        plan = replace(plan, prepared=plan.prepare())
+        stored = plan.prepared
+    assert stored is not None
+    return _noted_excess(plan, _with_facts(plan.config, stored), earlier)
+
+
+def _noted_excess(plan: StudyPlan, config: StudyConfig, earlier: _Earlier) -> StudyPlan:
+    problem = excess_text(config)
+    if problem is None:
+        return plan
+    if earlier.is_known and earlier.ledger is None:
+        raise StudyConfigError(f"study {config.name}: {problem}")
+    return replace(plan, notices=(*plan.notices, f"{problem}; trials beyond that fail"))
+
+
+def _with_facts(config: StudyConfig, prepared: Prepared) -> StudyConfig:
+    """The study as its database will have it."""
+    return StudyConfig.from_json(prepared.added_to(config.to_json()))
+
+
+def excess_text(config: StudyConfig) -> str | None:
+    """Which computed gain leaves its limits somewhere in the space, where, and what helps; None where none does."""
+    found = excess_gain(config)
+    if found is None:
+        return None
+    end = RANGES[found.gain][found.value > 1]
+    others = {key: value for key, value in found.at.items() if key != "fl_gamma"}
+    at = f" (at {', '.join(f'{key} {value:g}' for key, value in others.items())})" if others else ""
+    reaches = f"{found.gain} reaches {found.value:.4g}{at}, beyond {end:g}"
+    if "fl_gamma" not in found.at:
+        return f"space: the gain {reaches}; allowed: narrower ranges of {', '.join(others)}"
+    key = "space.fl_gamma" if config.space["fl_gamma"].choices else "space.fl_gamma.high"
+    gamma = largest_gamma(config)
+    remedies = [f"at most {gamma:g}"] if gamma is not None else []
+    remedies += [f"narrower ranges of {', '.join(others)}"] if others else []
+    remedies += ["no `compensate`"]
+    got = f"got {found.at['fl_gamma']:g}, with which the compensated gain {reaches}"
+    return f"{key}: {got}; allowed: {', or '.join(remedies)}"
 
 
 def with_measured_speed(plan: StudyPlan) -> StudyPlan:
@@ -280,11 +375,25 @@ def _notices(config: StudyConfig, dataset: DatasetConfig, splits: dict[str, Spli
             f"train.patience: a trial that ends early counts with its last epoch, {patience} epochs after its best; "
             "with `at: best` in the objective its best epoch counts"
         )
+    yield from _focal_notices(config)
     if config.objectives:
         yield "objectives: of several nothing is pruned, no trial is the best: `status` shows the Pareto front"
     yield from _step_notices(config, len(splits["train"].images))
     for split in splits.values():
         yield from split.problems[:5]
+
+
+def _focal_notices(config: StudyConfig) -> Iterator[str]:
+    """The focal loss is a switch and a value; a range that touches 0 hides the switch from the sampler."""
+    entry = config.space.get("fl_gamma")
+    if entry is None or entry.low != 0 or entry.off is not None or entry.high is None:
+        return
+    jump = "just above 0 positives already count a quarter and negatives three quarters, at 0 both count in full"
+    low = min(FOCAL_LOW, entry.high / 2)
+    instead = f"`fl_gamma: {{low: {low:g}, high: {entry.high:g}, off: 0.5}}`"
+    if config.sampler.name in NO_OFF_SAMPLERS:
+        instead += " with sampler tpe"
+    yield f"space.fl_gamma: its range touches 0, where the loss jumps: {jump}; {instead} searches off and on apart"
 
 
 def _fidelity_notices(config: StudyConfig, fidelity: FidelityConfig) -> Iterator[str]:
@@ -348,12 +457,20 @@ def create_or_resume(plan: StudyPlan, more_trials: int = 0) -> bool:
             record = ledger.study(plan.config.name)
         except UnknownStudyError:
             _check_grid(plan.config, plan.config.trials + more_trials)
-            require_noise(plan.config, None)
+            require_noise(plan.config, None, plan.noise_seeds)
+            prepared = prepared or plan.prepare()
+            _refuse_excess(plan.config, prepared)
             base = create_study(plan.config, storage)
-            _create(ledger, plan, prepared or plan.prepare(), base, more_trials)
+            _create(ledger, plan, prepared, base, more_trials)
             return True
         _resume(ledger, plan, record, more_trials)
         return False
+
+
+def _refuse_excess(config: StudyConfig, prepared: Prepared) -> None:
+    """Again, where the database could not be looked into before."""
+    if (problem := excess_text(_with_facts(config, prepared))) is not None:
+        raise StudyConfigError(f"study {config.name}: {problem}")
 
 
 def _check_grid(config: StudyConfig, trials: int) -> None:
@@ -392,7 +509,7 @@ def _resume(ledger: Ledger, plan: StudyPlan, record: StudyRecord, more_trials: i
     frozen = StudyConfig.from_json(record.config)
     # Earlier versions searched keys that do nothing, too.
     require_resumable(frozen, plan.given if set(frozen.space) == set(plan.given.space) else plan.config)
-    require_noise(plan.config, ledger)
+    require_noise(plan.config, ledger, plan.noise_seeds)
     if record.fingerprint != plan.fingerprint:
         raise StudyConflictError(
             f"{plan.data}: fingerprint {plan.fingerprint} is not that of study {frozen.name} ({record.fingerprint}): "

@@ -308,3 +308,21 @@ def test_busy_seconds_leave_out_a_night() -> None:
     night = Span(state="RUNNING", worker=None, started=0.0, done=3, moments=((1, 10.0), (1, 20.0), (2, 30_000.0)))
 
     assert busy_seconds([night]) == pytest.approx(30.0)
+
+
+def test_forecast_of_a_confirmation_counts_base_and_candidates_on_each_seed() -> None:
+    document = {"name": "s", "data": "builtin:digits", "space": {"box": [0.05, 0.1]}, "pruner": "none"}
+    texts = {}
+    for trials in (1, 2, 30):
+        config = parse_study({**document, "trials": trials, "train": {"epochs": 10}}, source="study.yaml")
+        forecast = Forecast(cost=study_cost(config), speed=Speed(seconds=36.0, slots=4, source="as study before"))
+        texts[trials] = dict(forecast.rows(datetime.now().astimezone())).get("then confirm")
+
+    assert texts == {
+        1: None,
+        2: "10 more trainings for `yolosearch confirm STUDY --top 1 --seeds 5`, about 1.0 h with one worker",
+        30: "20 more trainings for `yolosearch confirm STUDY --top 3 --seeds 5`, about 2.0 h with one worker",
+    }
+    assert forecast.seconds == 30 * 10 * 36.0  # it is no part of the study
+    assert forecast.to_json()["confirmation_trainings"] == 20
+    assert forecast.to_json()["confirmation_seconds_with_one_worker"] == 7200.0

@@ -1,17 +1,19 @@
 """From a study file to a study in the database."""
 
 import dataclasses
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from optuna.trial import TrialState
 from tiny import NAME, TinyStudy, make_study
 
 from search.config import StudyConfig
-from search.errors import StudyConfigError, StudyConflictError
+from search.errors import StudyConfigError, StudyConflictError, UserInputError
 from search.export import best_trial
 from search.launch.prepare import create_or_resume, plan_study
 from search.ledger import TicketState
@@ -307,3 +309,96 @@ def test_create_or_resume_stores_what_the_space_needs_of_the_data(make: Callable
     plain = make("plain")
     plain.create()
     assert Prepared.of(plain.ledger.study(NAME).config).facts is None
+
+
+def sparse(make: Callable[..., TinyStudy], high: float, **options: Any) -> TinyStudy:
+    """A study whose images show little but background, with default ranges and compensated gains."""
+    focal = {"low": 0.3, "high": high, "off": 0.5, "compensate": True}
+    study = make(space={"obj": "default", "cls": "default", "obj_pw": "default", "fl_gamma": focal}, **options)
+    for number, path in enumerate(sorted((study.data.parent / "labels" / "train").iterdir())):
+        path.write_text("0 0.5 0.5 0.2 0.2\n" if number == 0 else "")
+    return study
+
+
+def test_plan_study_compensated_gain_beyond_its_limits_is_refused_with_what_helps(
+    make: Callable[..., TinyStudy],
+) -> None:
+    study = sparse(make, 4.0)
+
+    with pytest.raises(StudyConfigError) as caught:
+        plan_study(study.config, study.storage_url, study.runs)
+
+    message = str(caught.value)
+    assert message.startswith(f"study {NAME}: space.fl_gamma.high: got 4, with which the compensated gain obj reaches ")
+    found = re.search(r"beyond 1000; allowed: at most ([0-9.]+), or narrower ranges of obj, obj_pw, or no", message)
+    assert found is not None
+    assert sparse(make, float(found[1]), folder="helped").create() is True
+
+
+def test_plan_study_compensated_gain_of_a_study_that_exists_is_a_notice(make: Callable[..., TinyStudy]) -> None:
+    study = sparse(make, 1.0)
+    study.create()
+    assert not any("compensated" in line for line in plan_study(study.config, study.storage_url, study.runs).notices)
+    wide = study.config.to_json()["space"]
+    wide["fl_gamma"]["high"] = 4.0
+    study.ledger.update_config(NAME, {"space": wide})  # as a version made it that did not look
+    study.write(space=yaml.safe_load(study.file.read_text())["space"] | {"fl_gamma": strip(wide["fl_gamma"])})
+
+    plan = plan_study(study.config, study.storage_url, study.runs)
+
+    assert any("compensated gain obj reaches" in line and "beyond that fail" in line for line in plan.notices)
+    assert create_or_resume(plan) is False
+
+
+def strip(entry: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in entry.items() if value not in (None, False)}
+
+
+@pytest.mark.parametrize(
+    ("space", "sampler", "told"),
+    [
+        ({"low": 0, "high": 2}, "random", "`fl_gamma: {low: 0.3, high: 2, off: 0.5}` searches off and on apart"),
+        ({"low": 0, "high": 0.4}, "gp", "{low: 0.2, high: 0.4, off: 0.5}` with sampler tpe searches off and on apart"),
+        ({"low": 0.3, "high": 2, "off": 0.5}, "random", None),
+        ([0, 1, 2], "random", None),
+    ],
+)
+def test_plan_study_focal_range_that_touches_0_is_told(
+    make: Callable[..., TinyStudy], space: object, sampler: str, told: str | None
+) -> None:
+    study = make(space={"fl_gamma": space}, sampler=sampler)
+
+    notices = plan_study(study.config, study.storage_url, study.runs).notices
+
+    about = [line for line in notices if line.startswith("space.fl_gamma: its range touches 0, where the loss jumps")]
+    assert len(about) == (told is not None)
+    assert told is None or told in about[0]
+
+
+def test_plan_study_stop_below_noise_without_noise_is_refused_as_creating_it_is(
+    make: Callable[..., TinyStudy],
+) -> None:
+    study = make(stop={"below_noise": True})
+
+    with pytest.raises(UserInputError) as caught:
+        plan_study(study.config, study.storage_url, study.runs)
+
+    message = str(caught.value)
+    assert (
+        "with noise: {seeds: 3 or more} in the study file, or after `yolosearch noise STUDY.yaml --seeds 3`" in message
+    )
+    plan = plan_study(study.config, study.storage_url, study.runs, noise_seeds=3)
+    assert create_or_resume(plan) is True
+    # It exists now, and its noise is still to be measured.
+    with pytest.raises(UserInputError, match=f"or after `yolosearch noise {NAME} --seeds 3`$"):
+        plan_study(study.config, study.storage_url, study.runs)
+
+
+def test_plan_study_of_one_objective_forecasts_a_confirmation_too(make: Callable[..., TinyStudy]) -> None:
+    rows = {}
+    for folder, changes in (("one", {"trials": 9}), ("two", {"trials": 9, "objectives": ["fitness", "map50"]})):
+        study = make(folder, **changes, **({"pruner": None} if folder == "two" else {}))
+        rows[folder] = dict(plan_study(study.config, study.storage_url, study.runs).rows())
+
+    assert rows["one"]["then confirm"] == "20 more trainings for `yolosearch confirm STUDY --top 3 --seeds 5`"
+    assert "then confirm" not in rows["two"]
