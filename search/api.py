@@ -238,12 +238,9 @@ class Study:
         Raises:
             UserInputError: There is nothing to confirm yet.
         """
-        from search.confirm import add_confirmation, confirm_report, latest_confirmation
+        from search.confirm import ask_confirmation, confirm_report
 
-        latest = latest_confirmation(self.ledger, self.config)
-        length = epochs or (self.config.train.epochs if latest is None or top or seeds else latest.epochs)
-        if latest is None or (top, seeds, epochs) != (None, None, None):
-            add_confirmation(self.ledger, self.config, top or 3, seeds or 5, length)
+        length = ask_confirmation(self.ledger, self.config, top, seeds, epochs, retry=train)
         self._rerun(CONFIRM, workers, devices, train, progress)
         return confirm_report(self.ledger, self.config, length)
 

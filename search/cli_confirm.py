@@ -24,7 +24,7 @@ from search.cli_common import (
     runs_folder,
 )
 from search.cli_launch import Job, create_job, existing_job, launch_plan, work
-from search.config import MOST_RERUN_SEEDS, StudyConfig
+from search.config import CONFIRM_TOP, MOST_RERUN_SEEDS, RERUN_SEEDS, StudyConfig
 from search.confirm import (
     CLASS_AP,
     SHOWN_GAINS,
@@ -33,11 +33,11 @@ from search.confirm import (
     ConfirmReport,
     Judgement,
     NoiseReport,
-    add_confirmation,
     add_noise,
+    ask_confirmation,
     confirm_report,
-    latest_confirmation,
     noise_report,
+    percent,
 )
 from search.errors import SearchError
 from search.launch.launcher import WorkerView
@@ -48,8 +48,6 @@ from search.report import StudyStatus, new_table
 from search.statistics import Comparison, Spread, detectable_gain
 from yolocore.text import one_line
 
-SEEDS = 5
-TOP = 3
 SPLIT_NAMES = {VALIDATION: "validation split", TEST: "test split"}
 
 app = typer.Typer()
@@ -59,7 +57,7 @@ Devices = Annotated[list[str] | None, typer.Option("--device", help="Devices dea
 NoTrain = Annotated[bool, typer.Option("--no-train", help="Only add the tickets, for workers that run elsewhere.")]
 Seeds = Annotated[
     int | None,
-    typer.Option(min=2, max=MOST_RERUN_SEEDS, help=f"Seeds, other ones than the search's; default {SEEDS}."),
+    typer.Option(min=2, max=MOST_RERUN_SEEDS, help=f"Seeds, other ones than the search's; default {RERUN_SEEDS}."),
 ]
 
 
@@ -83,10 +81,14 @@ def noise(
     """
     runs = runs_folder(runs_dir)
     is_file = is_study_file(study)
-    job = create_job(Path(study), None, storage, runs, as_json) if is_file else existing_job(study, storage, runs)
+    job = (
+        create_job(Path(study), None, storage, runs, as_json, noise_seeds=seeds or RERUN_SEEDS)
+        if is_file
+        else existing_job(study, storage, runs)
+    )
     known = job.ledger.tickets(job.config.name, (NOISE,))
     if seeds is not None or not known:
-        add_noise(job.ledger, job.config, seeds or SEEDS)
+        add_noise(job.ledger, job.config, seeds or RERUN_SEEDS)
     _train(job, NOISE, workers, device, no_train=no_train, quiet=as_json)
     report = noise_report(job.ledger, job.config)
     if as_json:
@@ -98,7 +100,9 @@ def noise(
 @app.command()
 def confirm(
     study: StudyName,
-    top: Annotated[int | None, typer.Option(min=1, max=20, help=f"So many of the best trials; default {TOP}.")] = None,
+    top: Annotated[
+        int | None, typer.Option(min=1, max=20, help=f"So many of the best trials; default {CONFIRM_TOP}.")
+    ] = None,
     seeds: Seeds = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of each training; default the study's.")] = None,
     gain: Annotated[
@@ -119,12 +123,7 @@ def confirm(
     Example: yolosearch confirm my-study --top 3 --seeds 5
     """
     job = existing_job(study, storage, runs_folder(runs_dir))
-    latest = latest_confirmation(job.ledger, job.config)
-    if latest is None or (top, seeds, epochs) != (None, None, None):
-        length = epochs or job.config.train.epochs
-        add_confirmation(job.ledger, job.config, top or TOP, seeds or SEEDS, length)
-    else:
-        length = latest.epochs
+    length = ask_confirmation(job.ledger, job.config, top, seeds, epochs)
     _train(job, CONFIRM, workers, device, no_train=no_train, quiet=as_json)
     report = confirm_report(job.ledger, job.config, length)
     if as_json:
@@ -232,13 +231,26 @@ def _print_confirmation(report: ConfirmReport, names: Sequence[str], gain: float
             where = f"{SPLIT_NAMES[split]}, {len(report.seeds)} seeds, {report.epochs} epochs"
             print_line(f"confirmation of {report.study}, {where}")
             out.print(_split_table(report, judgements, names))
-    for one in report.candidates:
-        if one.failure is not None:
-            print_line(f"{one.name} is not compared, a rerun of it failed: {one.failure}", style="red")
+    if report.decisive is not None:
+        print_line(
+            f"from, to: the true gains of all candidates lie above their `from` with {percent(report.confidence)}, "
+            "and below their `to` likewise"
+        )
+    _print_failures(report)
     print_line(report.verdict(), style="bold")
     if report.decisive is not None:
         _print_power(report, gain)
     _print_doubt(report)
+
+
+def _print_failures(report: ConfirmReport) -> None:
+    for one in report.base_failures:
+        print_line(f"seed {one.seed} compares nothing, the base failed on it: {one.reason}", style="red")
+    for candidate in report.candidates:
+        if candidate.failure is not None:
+            print_line(f"{candidate.name} is not compared, a rerun of it failed: {candidate.failure}", style="red")
+    if report.failures and not report.is_stuck:
+        print_line(f"`{report.again}` trains again what failed", style="red")
 
 
 def _split_table(report: ConfirmReport, judgements: Sequence[Judgement], names: Sequence[str]) -> Table:
@@ -283,6 +295,8 @@ def _print_power(report: ConfirmReport, gain: float | None) -> None:
 
 
 def _print_doubt(report: ConfirmReport) -> None:
+    if (looks := report.looks_in_words()) is not None:
+        print_line(f"note: {looks}", style="yellow")
     winner = report.winner
     test = None if winner is None else report.comparison(winner.number, TEST)
     if winner is not None and test is not None and test.verdict != "better":

@@ -7,14 +7,15 @@ were chosen: there the luck that made them the best would come again.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from search.config import StudyConfig
+from search.config import CONFIRM_TOP, RERUN_SEEDS, StudyConfig
 from search.errors import UserInputError
 from search.ledger import CONFIRM, NOISE, EpochRow, Ledger, Rerun, Ticket, TicketState
 from search.statistics import (
+    ALPHA,
     Comparison,
     Confirmation,
     Spread,
@@ -38,6 +39,9 @@ SHOWN_CANDIDATES = (1, 3)
 
 SHOWN_GAINS = (0.005, 0.01, 0.02)
 """For which the seeds are shown that find them, unless the user names a gain."""
+
+SD_CONFIDENCE = 0.95
+"""With which the true standard deviation lies in the interval that `noise` gives."""
 
 VALIDATION, TEST = "val", "test"
 OBJECTIVE, FITNESS, CLASS_AP = "objective", "fitness", "class_ap/"
@@ -93,6 +97,43 @@ def add_confirmation(ledger: Ledger, config: StudyConfig, top: int, seeds: int, 
         for number in chosen
     ]
     return ledger.add_reruns(config.name, CONFIRM, reruns)
+
+
+def ask_confirmation(
+    ledger: Ledger,
+    config: StudyConfig,
+    top: int | None = None,
+    seeds: int | None = None,
+    epochs: int | None = None,
+    *,
+    retry: bool = True,
+) -> int:
+    """Adds what a call of `confirm` asks for; the length of the confirmation that it is about.
+
+    Without any wish it is the one that was asked for last: nothing is added, unless it ended with nothing to compare;
+    then (with `retry`) what failed is tried again, since it would never say anything otherwise.
+
+    Raises:
+        UserInputError: as in `add_confirmation`.
+    """
+    latest = latest_confirmation(ledger, config)
+    if latest is None or (top, seeds, epochs) != (None, None, None):
+        length = epochs or config.train.epochs
+        add_confirmation(ledger, config, top or CONFIRM_TOP, seeds or RERUN_SEEDS, length)
+        return length
+    if latest.is_stuck and retry:
+        _try_again(ledger, config, latest)
+    return latest.epochs
+
+
+def _try_again(ledger: Ledger, config: StudyConfig, report: ConfirmReport) -> None:
+    """Adds a ticket for each rerun that failed."""
+    params = {ticket.number: ticket.params or {} for ticket in ledger.tickets(config.name)}
+    failed = [
+        Rerun(candidate=one.candidate, seed=one.seed, epochs=report.epochs, params=params[one.candidate])
+        for one in report.failures
+    ]
+    ledger.add_reruns(config.name, CONFIRM, failed)
 
 
 # ---- what they gave --------------------------------------------------------------------------------------------------
@@ -169,7 +210,7 @@ class NoiseReport:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for `--json`."""
-        return {**asdict(self), "done": self.done}
+        return {**asdict(self), "done": self.done, "confidence": SD_CONFIDENCE}
 
 
 def noise_report(ledger: Ledger, config: StudyConfig) -> NoiseReport:
@@ -177,7 +218,7 @@ def noise_report(ledger: Ledger, config: StudyConfig) -> NoiseReport:
     runs = runs_of(ledger, config, NOISE, config.train.epochs)
     values = [run.metrics[f"{VALIDATION}/{OBJECTIVE}"] for run in runs if run.metrics is not None]
     found = spread(values) if len(values) >= FEWEST_SEEDS else None
-    low, high = (None, None) if found is None else sd_interval(found)
+    low, high = (None, None) if found is None else sd_interval(found, SD_CONFIDENCE)
     return NoiseReport(
         study=config.name,
         objective=config.objective.describe(),
@@ -222,6 +263,17 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RerunFailure:
+    """A rerun that gave no value, where no later attempt did either."""
+
+    name: str
+    """base, or trial N."""
+    candidate: int
+    seed: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Judgement:
     """All candidates against the base by one measure."""
 
@@ -249,6 +301,40 @@ class ConfirmReport:
     """Those that wait or run."""
     judgements: tuple[Judgement, ...]
     """The first one decides: the objective on the validation split. Empty with fewer than two seeds."""
+    failures: tuple[RerunFailure, ...]
+    """Of base and candidates. A seed on which the base failed compares nothing; a candidate is left out altogether."""
+    looks: int
+    """How often seeds were added after reruns on earlier ones could be looked at."""
+    base_name: str
+    """What the base is called: the defaults, unless the study has a base of its own."""
+
+    @property
+    def base_failures(self) -> tuple[RerunFailure, ...]:
+        """Those of the base."""
+        return tuple(one for one in self.failures if one.candidate == BASE)
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether nothing can be compared and nothing is left to train: too much failed."""
+        return self.open == 0 and not self.judgements and bool(self.failures)
+
+    @property
+    def false_winners(self) -> float:
+        """Upper bound of the chance to call a candidate better at any of the looks where none is."""
+        return min(1.0, (1 + self.looks) * (1 - self.confidence))
+
+    @property
+    def confidence(self) -> float:
+        """With which each end of the intervals holds, for all candidates together."""
+        return 1 - ALPHA if self.decisive is None else self.decisive.confidence
+
+    @property
+    def again(self) -> str:
+        """The command that tries again what failed."""
+        count = len(self.candidates)
+        return (
+            f"yolosearch confirm {self.study} --top {count} --seeds {self.asked // (count + 1)} --epochs {self.epochs}"
+        )
 
     @property
     def is_over(self) -> bool:
@@ -295,6 +381,9 @@ class ConfirmReport:
         return {
             **asdict(self),
             "is_over": self.is_over,
+            "confidence": self.confidence,
+            "false_winners_at_most": self.false_winners,
+            "base_failures": [asdict(one) for one in self.base_failures],
             "winner": None if winner is None else winner.trial,
             "verdict": self.verdict(),
             "detectable_gain": None if self.decisive is None else _detectable(self.decisive),
@@ -304,26 +393,54 @@ class ConfirmReport:
     def verdict(self) -> str:
         """The outcome in one line."""
         if self.decisive is None:
-            return f"nothing to compare yet: {self.done} of {self.asked} reruns are complete"
+            return self._nothing_to_compare()
         so_far = "" if self.is_over else f", so far ({self.done} of {self.asked} reruns are complete)"
+        lost = [str(one.seed) for one in self.base_failures]
+        left_out = f"; seed {', '.join(lost)} left out, where the base failed" if lost else ""
         winner = self.winner
         if winner is None:
             count = len(self.decisive.comparisons)
             who = "the candidate is not" if count == 1 else f"none of {count} candidates is"
-            return f"keep the defaults: {who} shown to be better than the base over {len(self.seeds)} seeds{so_far}"
+            over = f"over {len(self.seeds)} seeds{so_far}{left_out}"
+            return f"keep {self.base_name}: {who} shown to be better than the base {over}"
         gain = self.comparison(winner.number)
         assert gain is not None
-        return f"{winner.name} is better than the base: {gain_in_words(gain, self)}{so_far}"
+        return f"{winner.name} is better than the base: {gain_in_words(gain, self)}{so_far}{left_out}"
+
+    def _nothing_to_compare(self) -> str:
+        if not self.is_stuck:
+            return f"nothing to compare yet: {self.done} of {self.asked} reruns are complete"
+        first = self.base_failures[0] if self.base_failures else self.failures[0]
+        seeds = [str(one.seed) for one in self.failures if one.candidate == first.candidate]
+        return (
+            f"no verdict: {len(self.failures)} of {self.asked} reruns failed, {first.name} on seed {', '.join(seeds)} "
+            f"({first.reason}); `yolosearch confirm {self.study}` trains them again"
+        )
+
+    def looks_in_words(self) -> str | None:
+        """What it means that seeds were added after a look; None where that was not so."""
+        if self.looks == 0:
+            return None
+        times = "once" if self.looks == 1 else f"{self.looks} times"
+        return (
+            f"seeds were added {times} after a look at the results: the chance of a false winner is at most "
+            f"{percent(self.false_winners)}, not {percent(1 - self.confidence)}"
+        )
 
 
 def gain_in_words(gain: Comparison, report: ConfirmReport) -> str:
-    """A candidate's gain with its interval, p-value, and what they rest on."""
+    """A candidate's gain with its interval, its level, p-value, and what they rest on."""
     count = len(report.decisive.comparisons) if report.decisive is not None else 1
     corrected = f", corrected for {count} candidates" if count > 1 else ""
     return (
-        f"gain {gain.gain:+.4f} ({gain.low:+.4f} to {gain.high:+.4f}), p = {gain.p_value:.2g}, "
-        f"{len(report.seeds)} paired seeds of {report.epochs} epochs{corrected}"
+        f"gain {gain.gain:+.4f} ({gain.low:+.4f} to {gain.high:+.4f}), each end with {percent(report.confidence)}, "
+        f"p = {gain.p_value:.2g}, {len(report.seeds)} paired seeds of {report.epochs} epochs{corrected}"
     )
+
+
+def percent(share: float) -> str:
+    """A share as people read it."""
+    return f"{100 * share:.0f} %"
 
 
 def _detectable(result: Confirmation) -> float:
@@ -332,6 +449,7 @@ def _detectable(result: Confirmation) -> float:
 
 def confirm_report(ledger: Ledger, config: StudyConfig, epochs: int) -> ConfirmReport:
     """What the study's confirmation of one length shows so far."""
+    tickets = [ticket for ticket in ledger.tickets(config.name, (CONFIRM,)) if ticket.epochs == epochs]
     runs = runs_of(ledger, config, CONFIRM, epochs)
     trials = {ticket.number: ticket for ticket in ledger.tickets(config.name)}
     numbers = sorted({run.candidate for run in runs} - {BASE}, key=lambda number: -(trials[number].value or 0.0))
@@ -348,6 +466,28 @@ def confirm_report(ledger: Ledger, config: StudyConfig, epochs: int) -> ConfirmR
         done=sum(run.metrics is not None for run in runs),
         open=sum(run.metrics is None and run.failure is None for run in runs),
         judgements=judge(runs, names, decides_by_fitness=config.objective.weights == {FITNESS: 1.0}),
+        failures=tuple(_failures(runs, {BASE: "base", **{one.number: one.name for one in candidates}})),
+        looks=looks_of(tickets),
+        base_name=config.base_name,
+    )
+
+
+def _failures(runs: Iterable[Run], names: Mapping[int, str]) -> Iterator[RerunFailure]:
+    for run in runs:
+        if run.failure is not None:
+            yield RerunFailure(name=names[run.candidate], candidate=run.candidate, seed=run.seed, reason=run.failure)
+
+
+def looks_of(tickets: Sequence[Ticket]) -> int:
+    """How often seeds were added to reruns of one length that had given two of them a value by then."""
+    first: dict[int | None, float] = {}
+    for ticket in tickets:
+        first.setdefault(ticket.seed, ticket.created)
+    complete = [ticket for ticket in tickets if ticket.state is TicketState.COMPLETE and ticket.finished is not None]
+    return sum(
+        len({ticket.seed for ticket in complete if (ticket.finished or 0.0) <= added}) >= FEWEST_SEEDS
+        for added in set(first.values())
+        if added > min(first.values())
     )
 
 

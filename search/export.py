@@ -14,6 +14,7 @@ from search.errors import SearchError, UserInputError
 from search.ledger import Ledger, Ticket, base_numbers, front
 from search.prepared import Prepared
 from search.recommendation import recommend
+from search.statistics import ALPHA
 from search.transforms import at_bounds, hyperparameters, moved_keys
 from search.weights import WeightsStore, complete_trials, value_row
 from yolocore.hyperparameters import Hyperparameters
@@ -50,6 +51,10 @@ class RerunGain:
     epochs: int
     is_final: bool
     """Whether no rerun waits or runs."""
+    confidence: float = 1 - ALPHA
+    """With which each end of the interval holds, for all candidates together."""
+    looks: int = 0
+    """How often seeds were added after reruns on earlier ones could be looked at."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +90,8 @@ class BestTrial:
     """What the study's confirmation says, in one line; None without one."""
     gains: tuple[str, ...] = ()
     """Its confirmed gains, a line for each split."""
+    looks: str | None = None
+    """What it means that seeds were added after a look at the confirmation; None where that was not so."""
     at_bounds: tuple[str, ...] = ()
     """A line for each of its values that lies at an end of its range."""
     study_id: str = ""
@@ -198,6 +205,7 @@ def _exported(
         why=why,
         verdict=None if report is None else report.verdict(),
         gains=() if report is None else tuple(_gains(report, best.number)),
+        looks=None if report is None else report.looks_in_words(),
         study_id=f"{record.name}@{datetime.fromtimestamp(record.created, UTC).isoformat(timespec='milliseconds')}",
         reruns=() if report is None else tuple(_reruns(report, best.number)),
         values=_several_values(config, best, base),
@@ -250,6 +258,8 @@ def _reruns(report: ConfirmReport, number: int) -> Iterator[RerunGain]:
                 seeds=len(report.seeds),
                 epochs=report.epochs,
                 is_final=report.is_over,
+                confidence=report.confidence,
+                looks=report.looks,
             )
 
 
@@ -344,7 +354,7 @@ def header(best: BestTrial, *, of_yolov5: bool = True) -> Sequence[str]:
     moment = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     lines = [
         f"YOLOv5 hyperparameters found by yolosearch {importlib.metadata.version('yolosearch')}",
-        f"study:      {best.study}, trial {best.trial_number}, {_standing(best)}",
+        f"study:      {best.study}, trial {best.trial_number}, {standing(best)}",
         *_objective_lines(best),
         f"metrics:    {', '.join(f'{key} {value:.4f}' for key, value in best.metrics.items() if key in _SHOWN)}",
         f"searched:   {', '.join(best.searched)}",
@@ -371,7 +381,7 @@ def _confirmation(best: BestTrial) -> list[str]:
     unconfirmed = "unconfirmed: one training with one seed; a rerun with another seed may give less"
     if best.verdict is None:
         return [unconfirmed]
-    known = [f"confirmation: {best.verdict}"]
+    known = [f"confirmation: {best.verdict}", *([] if best.looks is None else [f"looks:      {best.looks}"])]
     own = [f"confirmed on {line}" if ": better" in line else f"rerun on {line}" for line in best.gains]
     return [*known, *own] if own or best.is_base else [*known, unconfirmed]
 
@@ -380,7 +390,8 @@ def _number(value: float | None) -> str:
     return "none" if value is None else f"{value:.5f}"
 
 
-def _standing(best: BestTrial) -> str:
+def standing(best: BestTrial) -> str:
+    """Why it is this trial, in words."""
     if best.why is not None:
         return best.why
     if best.values:

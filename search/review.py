@@ -104,7 +104,7 @@ class StudyData:
     @property
     def base_name(self) -> str:
         """What the base is called."""
-        return "the defaults" if self.config.base_hyp is None else "the base"
+        return self.config.base_name
 
     def rows(self, ticket: Ticket) -> tuple[EpochRow, ...]:
         """Its evaluated epochs."""

@@ -67,6 +67,8 @@ class Confirmation:
     noise: float
     """Standard deviation of one run with the seed's own effect taken out, pooled over base and candidates."""
     comparisons: tuple[Comparison, ...]
+    confidence: float = 1 - ALPHA
+    """With which each end of the intervals holds, for all candidates together."""
 
     @property
     def winner(self) -> Comparison | None:
@@ -122,7 +124,7 @@ def compare(base: Sequence[float], candidates: Mapping[str, Sequence[float]], al
         _comparison(name, float(gain), margin, _p_value(float(gain), error, count, freedom))
         for name, gain in zip(candidates, gains, strict=True)
     )
-    return Confirmation(seeds, base_spread, noise, comparisons)
+    return Confirmation(seeds, base_spread, noise, comparisons, 1 - alpha)
 
 
 def _comparison(name: str, gain: float, margin: float, p_value: float) -> Comparison:

@@ -8,12 +8,13 @@ import pytest
 from rich.console import Console
 
 from search.cli_common import out
-from search.cli_confirm import _split_table
+from search.cli_confirm import _print_confirmation, _split_table
 from search.config import StudyConfig, parse_study
 from search.confirm import (
     Run,
     add_confirmation,
     add_noise,
+    ask_confirmation,
     best_candidates,
     confirm_report,
     judge,
@@ -351,6 +352,107 @@ def test_confirm_report_candidate_that_failed_is_not_compared(ledger: Ledger, co
     assert [(one.number, one.failure) for one in report.candidates] == [(4, "loss is not finite"), (3, None)]
     assert [c.candidate for c in report.judgements[0].result.comparisons] == ["trial 3"]
     assert report.is_over
+
+
+def fail_base(ledger: Ledger, seeds: Sequence[int], reason: str = "loss is not finite") -> None:
+    """Ends all open reruns, those of the base on these seeds as failures."""
+    for ticket in ledger.claim("s", "w", 100, 60.0, kind=CONFIRM):
+        if ticket.candidate == 0 and ticket.seed in seeds:
+            ledger.finish(ticket, TicketState.FAIL, None, reason)
+        else:
+            finish(ledger, ticket, 0.3 + 0.001 * ((ticket.number * 7919) % 5))
+
+
+def test_confirm_report_base_that_failed_everywhere_says_so_and_confirm_again_retries(
+    ledger: Ledger, config: StudyConfig
+) -> None:
+    length = ask_confirmation(ledger, config, top=1, seeds=3)
+    fail_base(ledger, (8, 9, 10))
+
+    report = confirm_report(ledger, config, length)
+
+    assert (report.is_over, report.is_stuck, report.decisive) == (False, True, None)
+    assert report.verdict() == (
+        "no verdict: 3 of 6 reruns failed, base on seed 8, 9, 10 (loss is not finite); "
+        "`yolosearch confirm s` trains them again"
+    )
+    assert [failure["seed"] for failure in report.to_json()["base_failures"]] == [8, 9, 10]
+    assert any("no verdict: 3 of 6 reruns failed" in line for line in header(best_trial(ledger, config)))
+
+    assert ask_confirmation(ledger, config, retry=False) == length
+    assert len(reruns(ledger)) == 6
+    assert ask_confirmation(ledger, config) == length
+    assert reruns(ledger)[6:] == [(8, 0), (9, 0), (10, 0)]
+    assert confirm_report(ledger, config, length).verdict() == "nothing to compare yet: 3 of 6 reruns are complete"
+    assert ask_confirmation(ledger, config) == length
+    assert len(reruns(ledger)) == 9
+    rerun_all(ledger, CONFIRM, {})
+    assert confirm_report(ledger, config, length).is_over
+
+
+def test_confirm_report_base_that_failed_on_a_seed_is_told_with_the_command_that_retries(
+    ledger: Ledger, config: StudyConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    length = ask_confirmation(ledger, config, top=2, seeds=4)
+    fail_base(ledger, (9,))
+
+    report = confirm_report(ledger, config, length)
+    _print_confirmation(report, (), None)
+
+    assert (report.is_over, report.seeds) == (True, (8, 10, 11))
+    assert report.verdict().endswith("over 3 seeds; seed 9 left out, where the base failed")
+    told = " ".join(capsys.readouterr().out.split())
+    assert "seed 9 compares nothing, the base failed on it: loss is not finite" in told
+    assert "`yolosearch confirm s --top 2 --seeds 4 --epochs 3` trains again what failed" in told
+    assert "lie above their `from` with 96 %" in told
+    # What it says is shown by `confirm` alone, and tried again when it is asked for.
+    ask_confirmation(ledger, config)
+    assert len(reruns(ledger)) == 12
+    ask_confirmation(ledger, config, top=2, seeds=4, epochs=3)
+    assert reruns(ledger)[12:] == [(9, 0)]
+
+
+def test_confirm_report_counts_the_looks_after_which_seeds_were_added(ledger: Ledger, config: StudyConfig) -> None:
+    add_confirmation(ledger, config, top=1, seeds=2, epochs=3)
+    add_confirmation(ledger, config, top=1, seeds=3, epochs=3)  # nothing to be seen yet
+    rerun_all(ledger, CONFIRM, {4: 0.1})
+    assert confirm_report(ledger, config, 3).looks_in_words() is None
+    add_confirmation(ledger, config, top=2, seeds=3, epochs=3)  # another candidate is corrected for
+    rerun_all(ledger, CONFIRM, {4: 0.1})
+    assert confirm_report(ledger, config, 3).looks == 0
+    for seeds in (5, 6):
+        add_confirmation(ledger, config, top=2, seeds=seeds, epochs=3)
+        rerun_all(ledger, CONFIRM, {4: 0.1})
+
+    report = confirm_report(ledger, config, 3)
+
+    assert (report.looks, report.false_winners) == (2, pytest.approx(0.12))
+    said = "seeds were added 2 times after a look at the results: the chance of a false winner is at most 12 %, not 4 %"
+    assert report.looks_in_words() == said
+    assert report.to_json()["looks"] == 2
+    best = best_trial(ledger, config)
+    assert f"looks:      {said}" in header(best)
+    assert best.reruns[0].looks == 2
+
+
+def test_confirm_report_names_the_level_of_its_intervals(ledger: Ledger, config: StudyConfig) -> None:
+    add_confirmation(ledger, config, top=1, seeds=4, epochs=3)
+    rerun_all(ledger, CONFIRM, {4: 0.1})
+
+    report = confirm_report(ledger, config, 3)
+
+    assert report.to_json()["confidence"] == 0.96
+    assert "), each end with 96 %, p = " in report.verdict()
+    assert any("), each end with 96 %, p = " in line for line in header(best_trial(ledger, config)))
+
+
+def test_confirm_report_without_a_winner_keeps_the_base_of_the_study(ledger: Ledger, config: StudyConfig) -> None:
+    own = config.model_copy(update={"base_hyp": {"box": 0.05}})
+    add_confirmation(ledger, config, top=1, seeds=4, epochs=3)
+    rerun_all(ledger, CONFIRM, {})
+
+    assert confirm_report(ledger, config, 3).verdict().startswith("keep the defaults: the candidate is not")
+    assert confirm_report(ledger, own, 3).verdict().startswith("keep the base: the candidate is not")
 
 
 def test_read_study_data_has_what_the_reruns_say_once_it_is_said(ledger: Ledger, config: StudyConfig) -> None:

@@ -150,6 +150,20 @@ def test_noise_and_confirm_without_training_only_add_tickets(
     assert study.states() == [TicketState.WAITING] * 2
 
 
+def test_noise_of_a_new_study_that_is_to_stop_below_it_creates_it(
+    make: Callable[..., TinyStudy], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = make(trials=2, stop={"below_noise": True})
+
+    assert command(monkeypatch, study, "check", str(study.file)) == 2
+    assert "`yolosearch noise STUDY.yaml --seeds 3`, which creates the study" in capsys.readouterr().err
+    assert command(monkeypatch, study, "noise", str(study.file), "--seeds", "3", "--no-train", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["asked"], report["confidence"]) == (3, 0.95)
+    assert command(monkeypatch, study, "check", str(study.file)) == 0
+    assert command(monkeypatch, study, "create", str(study.file)) == 0
+
+
 @pytest.mark.slow
 @pytest.mark.faults
 def test_confirm_whose_trainer_is_killed_has_exactly_what_was_asked(make: Callable[..., TinyStudy]) -> None:
