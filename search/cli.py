@@ -269,9 +269,7 @@ def export(
 
     ledger, config, _ = read_study(study, storage, runs_dir)
     if pareto is not None:
-        if form is not ExportFormat.YOLOV5:
-            raise UserInputError(f"--format: got {form.value} with --pareto; allowed: yolov5")
-        _export_front(ledger, config, pareto, output, weights, checkpoints, runs_dir, as_json)
+        _export_front(ledger, config, pareto, output, weights, checkpoints, runs_dir, form, as_json)
         return
     exported = export_hyp(ledger, config, output, runs_dir, trial, form)
     if weights is not None:
@@ -299,6 +297,7 @@ def _export_front(
     weights: Path | None,
     checkpoints: str | None,
     runs_dir: Path | None,
+    form: ExportFormat,
     as_json: bool,
 ) -> None:
     from search.export import export_weights
@@ -306,7 +305,7 @@ def _export_front(
 
     if which == "all" and weights is not None:
         raise UserInputError("--weights: got a file with --pareto all; allowed: with --pareto N")
-    front = export_front(ledger, config, which, output, runs_dir)
+    front = export_front(ledger, config, which, output, runs_dir, form)
     if weights is not None:
         store = WeightsStore.open(checkpoints or runs_folder(runs_dir), config.name)
         export_weights(ledger, config, store, weights, next(iter(front.values())).best.ticket)

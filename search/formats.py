@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from search.errors import UserInputError
-from search.export import BestTrial, export_best, export_text, header, written_by
+from search.export import BestTrial, export_best, export_text, header, standing, written_by
 from search.importers import NOT_ULTRALYTICS, ULTRALYTICS_KEYS
 from search.paths import ExportFormat
 from yolocore.hyperparameters import HYPERPARAMETER_KEYS
@@ -52,7 +52,9 @@ def _export(path: Path, text: str, expected: Mapping[str, Any], read: Callable[[
 
 
 def to_document(best: BestTrial) -> dict[str, Any]:
-    """All that is known of a trial, as plain data."""
+    """All that is known of a trial, as plain data; `objective` is the first of `objectives`."""
+    values = best.values or {best.objective: (best.value, best.base_value)}
+    objectives = [{"name": name, "value": value, "base_value": base} for name, (value, base) in values.items()]
     return {
         "format": "yolosearch export",
         "version": JSON_VERSION,
@@ -61,10 +63,12 @@ def to_document(best: BestTrial) -> dict[str, Any]:
         "data": {"fingerprint": best.fingerprint},
         "trial": best.trial_number,
         "is_base": best.is_base,
-        "chosen": best.why or f"the best of {best.complete} complete trials",
-        "objective": {"name": best.objective, "value": best.value, "base_value": best.base_value},
+        "chosen": standing(best),
+        "objective": objectives[0],
+        "objectives": objectives,
         "confirmed": best.is_confirmed,
         "verdict": best.verdict,
+        "looks": best.looks,
         "reruns": [asdict(gain) for gain in best.reruns],
         "metrics": {key: value if math.isfinite(value) else None for key, value in best.metrics.items()},
         "searched": list(best.searched),

@@ -102,3 +102,27 @@ def test_export_as_ultralytics_without_a_common_key_is_refused_with_the_reasons(
 def test_every_key_carries_over_or_has_a_reason() -> None:
     assert {*HYPERPARAMETER_KEYS, PER_CLASS_KEY} <= ULTRALYTICS_KEYS | set(NOT_ULTRALYTICS)
     assert set() == ULTRALYTICS_KEYS & set(NOT_ULTRALYTICS)
+
+
+def test_to_document_of_several_objectives_has_all_their_values() -> None:
+    values = {"fitness": (0.4, 0.3), "map50": (0.7, None)}
+    best = dataclasses.replace(BEST, objective="fitness and map50 at the last epoch", values=values)
+
+    found = to_document(best)
+
+    assert found["objectives"] == [
+        {"name": "fitness", "value": 0.4, "base_value": 0.3},
+        {"name": "map50", "value": 0.7, "base_value": None},
+    ]
+    assert found["objective"] == found["objectives"][0]
+    assert found["chosen"] == "one of those that none of the 9 complete trials beats in all objectives"
+    assert to_document(BEST)["objectives"] == [to_document(BEST)["objective"]]
+
+
+def test_export_as_json_names_the_level_of_the_intervals_and_the_looks() -> None:
+    best = dataclasses.replace(BEST, reruns=(GAIN,), verdict="keep", looks="seeds were added once after a look")
+
+    found = to_document(best)
+
+    assert (found["reruns"][0]["confidence"], found["reruns"][0]["looks"]) == (0.96, 0)
+    assert found["looks"] == "seeds were added once after a look"

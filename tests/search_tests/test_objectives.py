@@ -1,5 +1,6 @@
 """Several objectives at once, with real processes: the ledger, Optuna, MLflow and the exported files agree."""
 
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -174,3 +175,18 @@ def test_export_pareto_command_writes_files_that_name_all_values(ended: TinyStud
     assert "objective:  fitness = 0.40000, base 0.50000 (-0.10000)" in header
     assert "objective:  class_ap:digit 4 = 0.90000, base 0.20000 (+0.70000)" in header
     assert Hyperparameters.from_yaml(path).box == 0.1
+
+
+def test_export_pareto_as_json_has_every_value(ended: TinyStudy) -> None:
+    process = ended.start("export", "--pareto", "all", "--format", "json", "--json")
+    told, _ = process.communicate(timeout=300)
+
+    assert process.returncode == 0, told
+    paths = json.loads(told)["paths"]
+    assert paths == {str(number): str(ended.runs / NAME / f"hyp.pareto-{number}.json") for number in (0, 1)}
+    document = json.loads(Path(paths["1"]).read_text())
+    assert document["objectives"] == [
+        {"name": "fitness", "value": 0.4, "base_value": 0.5},
+        {"name": "class_ap:digit 4", "value": 0.9, "base_value": 0.2},
+        {"name": "recall", "value": 0.3, "base_value": 0.3},
+    ]
