@@ -28,7 +28,7 @@ from search.ledger import NOISE, EpochRow, Ledger, Ticket, TicketState, front
 from search.recommendation import recommended
 from search.study import tell
 from search.tracking import TrackedState, Tracker
-from search.transforms import hyperparameters, raw_values
+from search.transforms import hyperparameters
 from search.weights import value_row
 from search.worker.gallery import FINAL_SECONDS, Gallery
 from search.worker.records import (
@@ -36,9 +36,10 @@ from search.worker.records import (
     HYP_FILE,
     MirrorContext,
     metric_name,
-    plain_name,
+    objective_metrics,
     read_outlook,
     recommended_hyp,
+    run_params,
     search_is_over,
     table_columns,
 )
@@ -154,13 +155,11 @@ class Mirror:
     def _run_of(self, ticket: Ticket) -> str:
         if ticket.run_id is not None:
             return ticket.run_id
-        # As numbers: those of a trial that failed since no training takes them are recorded, too.
-        values = raw_values(self._context.config, ticket.params or {})
         run_id = self._tracker.ensure_trial_run(
             self._context.record.name,
             self._ticket_key(ticket),
             run_name(ticket),
-            values,
+            run_params(self._context.config, ticket.params or {}),
             {**self._context.tags, **run_tags(ticket)},
             ticket.kind if ticket.is_rerun else "trial",
         )
@@ -181,12 +180,8 @@ class Mirror:
         if row.value is not None:
             named["objective"] = row.value
         values = objective_values(self._context.config, row.metrics, self._context.class_names)
-        named.update(zip(self._objective_metrics("objective"), values, strict=True))
+        named.update(zip(objective_metrics(self._context.config, "objective"), values, strict=True))
         return row.epoch, named, row.stored_at
-
-    def _objective_metrics(self, prefix: str) -> list[str]:
-        """A metric's name for each of several objectives, as `objective/fitness`."""
-        return [f"{prefix}/{plain_name(objective.name)}" for objective in self._context.config.objectives]
 
     def _final_tags(self, ticket: Ticket) -> dict[str, str]:
         tags = {"yolosearch.attempts": str(ticket.attempt)}
@@ -293,7 +288,8 @@ class Mirror:
         ended = [ticket for ticket in self._ledger.tickets(study) if (ticket.finished or math.inf) <= moment]
         found = front(ended)
         bests = [max(values) for values in zip(*(ticket.objective_values or () for ticket in found), strict=True)]
-        named = dict(zip(self._objective_metrics("study/best"), bests, strict=True)) if found else {}
+        names = objective_metrics(self._context.config, "study/best")
+        named = dict(zip(names, bests, strict=True)) if found else {}
         return {**named, "study/front_trials": float(len(found))} if found else {}
 
     def _close_summary(self, run_id: str, counts: Mapping[TicketState, int]) -> None:

@@ -10,10 +10,12 @@ from search.config import StudyConfig
 from search.ledger import Ledger, StudyRecord, TicketState
 from search.outlook import Outlook, study_outlook
 from search.paths import StudyFolder
+from search.ranges import POWER_KEY
 from search.recommendation import Recommendation
-from search.transforms import hyperparameters
+from search.transforms import hyperparameters, moved_keys, raw_values
 from search.weights import WeightsStore
 from search.worker.lease import is_fresh
+from yolocore.hyperparameters import PER_CLASS_KEY
 
 HYP_FILE = "hyp.best.yaml"
 FORECAST_FILE = "forecast.json"
@@ -88,8 +90,28 @@ def metric_name(key: str, class_names: Sequence[str]) -> str:
 
 
 def table_columns(config: StudyConfig) -> tuple[str, ...]:
-    """What the table of runs shows beside their names: how it went, what was found, what was tried."""
-    return ("objective", "metrics/mAP50", *(f"params.{key}" for key in config.space), "tags.yolosearch.state")
+    """What the table of runs shows beside their names: what was found, what was tried, how it went.
+
+    What was tried are raw values, which `run_params` records, not the ratios and switches that a sampler sees.
+    """
+    objectives = objective_metrics(config, "objective") or ("objective",)
+    searched = (POWER_KEY if key == PER_CLASS_KEY else key for key in moved_keys(config))
+    columns = (*objectives, "metrics/mAP50", *(f"params.{key}" for key in searched), "tags.yolosearch.state")
+    return tuple(dict.fromkeys(columns))
+
+
+def objective_metrics(config: StudyConfig, prefix: str) -> tuple[str, ...]:
+    """A metric's name for each of several objectives, as `objective/fitness`."""
+    return tuple(f"{prefix}/{plain_name(objective.name)}" for objective in config.objectives)
+
+
+def run_params(config: StudyConfig, params: Mapping[str, float]) -> dict[str, float]:
+    """The parameters of a trial's run: raw hyperparameters, and the power that weights per class are made with.
+
+    As numbers: those of a trial that failed since no training takes them are recorded, too.
+    """
+    own = {POWER_KEY: float(params[POWER_KEY])} if POWER_KEY in params else {}
+    return {**raw_values(config, params), **own}
 
 
 def plain_name(name: str) -> str:
