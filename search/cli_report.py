@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +10,6 @@ import typer
 
 from search.api import Study, write_report
 from search.cli_common import AsJson, Data, RunsDir, Storage, StudyName, print_json, print_line, study_name
-from search.errors import UserInputError
 
 app = typer.Typer()
 
@@ -30,11 +30,6 @@ def report(
     Example: yolosearch report quickstart -o report.html
     """
     opened = Study.open(study_name(study), storage=storage, runs_dir=runs_dir)
-    if opened.config.objectives:
-        raise UserInputError(
-            f"study {opened.name}: the page is about one objective, and the study has {len(opened.config.objectives)}; "
-            "allowed: a study of one objective (`yolosearch status` shows the front)"
-        )
     review = opened.review(data)
     path = write_report(opened, review, output or opened.folder.root / "report.html")
     if as_json:
@@ -46,6 +41,7 @@ def report(
                 "path": str(path),
                 "standing": found.standing,
                 "verdict": found.verdict,
+                "front": [asdict(trial) for trial in found.front],
                 "left_out": missing,
             }
         )

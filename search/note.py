@@ -9,6 +9,8 @@ from search.review import Findings, StudyData
 
 MOVES = 8
 CLASSES = 12
+FRONT = 20
+"""Trials of a front in its table."""
 
 
 def note(data: StudyData, found: Findings, plots: tuple[Plot, ...] = ()) -> str:
@@ -20,6 +22,7 @@ def note(data: StudyData, found: Findings, plots: tuple[Plot, ...] = ()) -> str:
         plots: Those that were drawn are named as artifacts.
     """
     lines = [f"## {_escaped(found.verdict)}", "", found.advice, "", *_counts(found), ""]
+    lines += list(_front(data, found))
     if any(move.share for move in found.moves):
         lines += ["| hyperparameter | base | best |", "|---|---:|---:|"]
         lines += [f"| `{move.key}` | {move.base:.3g} | **{move.best:.3g}** |" for move in found.moves[:MOVES]]
@@ -32,6 +35,27 @@ def note(data: StudyData, found: Findings, plots: tuple[Plot, ...] = ()) -> str:
         lines.append("")
     lines += list(_artifacts(data, plots))
     return "\n".join(lines)
+
+
+def _front(data: StudyData, found: Findings) -> Iterator[str]:
+    """The front of several objectives, each value with its gain over the base."""
+    if not found.front:
+        return
+    names = [_escaped(name) for name in data.objective_names]
+    yield f"| trial | {' | '.join(names)} |"
+    yield f"|---{'|---:' * len(names)}|"
+    for trial in found.front[:FRONT]:
+        cells = [
+            f"{value:.4f}{f' ({trial.gains[name]:+.4f})' if name in trial.gains and not trial.is_base else ''}"
+            for name, value in trial.values.items()
+        ]
+        yield f"| {trial.number}{' (base)' if trial.is_base else ''} | {' | '.join(cells)} |"
+    if len(found.front) > FRONT:
+        yield ""
+        yield f"and {len(found.front) - FRONT} more."
+    yield ""
+    yield f"`yolosearch export {data.config.name} --pareto N` writes the hyp file of trial N."
+    yield ""
 
 
 def _counts(found: Findings) -> Iterator[str]:

@@ -12,9 +12,10 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from search.front_plots import front_plots, objective_importances
 from search.ledger import Ticket
 from search.plots import Plot, figure_json, importances, main_importance, packed_plotly, study_plots
-from search.review import Findings, StudyData, findings, short
+from search.review import Findings, FrontTrial, StudyData, findings, short
 
 TOP_TRIALS = 8
 BADGES = {
@@ -22,9 +23,8 @@ BADGES = {
     "unconfirmed": "unconfirmed",
     "keep": "keep what you have",
     "open": "not decided",
+    "front": "a front, unconfirmed",
 }
-BANDED = ("history", "curves", "slice", "confirmation")
-"""Plots with the noise band."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,9 @@ class Review:
     @classmethod
     def of(cls, data: StudyData) -> Review:
         """Works everything out; a second or two."""
+        if data.config.objectives:
+            shares, found = objective_importances(data), findings(data)
+            return cls(data, found, front_plots(data, found, shares), shares)
         importance = importances(data)
         found = findings(data, main_importance(importance))
         return cls(data, found, study_plots(data, found, importance), importance)
@@ -50,6 +53,15 @@ class _Row:
     role: str
     value: str
     gain: str
+    params: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _FrontRow:
+    number: int
+    role: str
+    values: tuple[tuple[str, str], ...]
+    """Of each objective, with the gain over the base."""
     params: tuple[str, ...]
 
 
@@ -74,11 +86,12 @@ def report_page(review: Review, hyp: str | None) -> str:
             importance=review.importance,
             plots=review.plots,
             json={plot.key: Markup(figure_json(plot.figure)) for plot in review.plots if plot.figure is not None},
-            band=_band_text(data),
-            banded=BANDED,
             metric=data.metric,
             keys=list(data.config.space),
-            top=list(_top(data)),
+            top=[] if data.config.objectives else list(_top(data)),
+            objectives=data.objective_names,
+            front=list(_front(data, found)),
+            exports=list(_exports(data, found)),
             cost=list(_cost(data, found)),
             stop_reason=data.record.stop_reason,
             hyp=hyp,
@@ -113,6 +126,13 @@ def _environment() -> Environment:
 
 def _figures(data: StudyData, found: Findings) -> Iterator[tuple[str, str, str]]:
     """The numbers below the verdict: name, value, note."""
+    yield from _front_figures(data, found) if data.config.objectives else _gain_figures(data, found)
+    counts = ", ".join(f"{count} {state.lower()}" for state, count in found.counts.items() if count)
+    yield "trials", str(len(data.tickets)), counts
+    yield "training", _hours(found.cost.device_seconds), "on one device"
+
+
+def _gain_figures(data: StudyData, found: Findings) -> Iterator[tuple[str, str, str]]:
     if data.base is not None and data.base.value is not None:
         yield ("defaults" if data.config.base_hyp is None else "base"), f"{data.base.value:.4f}", data.metric
     if data.best is not None and data.best.value is not None:
@@ -120,22 +140,26 @@ def _figures(data: StudyData, found: Findings) -> Iterator[tuple[str, str, str]]
         yield "recommended" if is_decided else "best", f"{data.best.value:.4f}", f"trial {data.best.trial_number}"
     if found.gain is not None:
         yield "gain", f"{found.gain:+.3f}", _gain_note(data, found)
-    counts = ", ".join(f"{count} {state.lower()}" for state, count in found.counts.items() if count)
-    yield "trials", str(len(data.tickets)), counts
-    yield "training", _hours(found.cost.device_seconds), "on one device"
+
+
+def _front_figures(data: StudyData, found: Findings) -> Iterator[tuple[str, str, str]]:
+    if not found.front:
+        return
+    yield "on the front", str(len(found.front)), f"of {len(data.complete)} complete trials"
+    if data.base is not None:
+        beating = sum(trial.beats_base for trial in found.front)
+        yield "better in all", str(beating), f"than {data.base_name}, in one run"
+    base = {} if data.base is None else data.objective_values(data.base)
+    for name in data.objective_names:
+        best = max(found.front, key=lambda trial: trial.values[name])
+        against = f", {data.base_name} {base[name]:.4f}" if name in base else ""
+        yield f"best {name}", f"{best.values[name]:.4f}", f"trial {best.number}{against}"
 
 
 def _gain_note(data: StudyData, found: Findings) -> str:
     if found.margin is None or data.confirmation is None:
         return "one run each"
     return f"± {found.margin:.3f} over {data.confirmation.seeds} paired seeds"
-
-
-def _band_text(data: StudyData) -> str:
-    if data.band is None:
-        return ""
-    half = (data.band[1] - data.band[0]) / 2
-    return f"Inside the shaded band (± {half:.3f}) a trial may differ from the base by chance alone."
 
 
 def _top(data: StudyData) -> Iterator[_Row]:
@@ -154,6 +178,47 @@ def _top(data: StudyData) -> Iterator[_Row]:
             "" if base is None or role == "base" else f"{value - base:+.4f}",
             tuple(_parameter(ticket, key) for key in data.config.space),
         )
+
+
+def _front(data: StudyData, found: Findings) -> Iterator[_FrontRow]:
+    """The front by the first objective, and before it the base where that is not on it."""
+    shown = list(zip(found.front, data.front, strict=True))
+    base = data.base
+    if base is not None and found.front and not any(trial.is_base for trial in found.front):
+        values = data.objective_values(base)
+        yield _FrontRow(
+            number=base.number if base.trial_number is None else base.trial_number,
+            role="base",
+            values=tuple((f"{value:.4f}", "") for value in values.values()),
+            params=tuple(_parameter(base, key) for key in data.config.space),
+        )
+    for trial, ticket in shown:
+        yield _FrontRow(
+            number=trial.number,
+            role="base" if trial.is_base else "better" if trial.beats_base else "",
+            values=tuple(_front_cell(trial, name) for name in data.objective_names),
+            params=tuple(_parameter(ticket, key) for key in data.config.space),
+        )
+
+
+def _front_cell(trial: FrontTrial, name: str) -> tuple[str, str]:
+    """A value, and its gain over the base."""
+    gain = "" if trial.is_base or name not in trial.gains else f"{trial.gains[name]:+.4f}"
+    return f"{trial.values[name]:.4f}", gain
+
+
+def _exports(data: StudyData, found: Findings) -> Iterator[tuple[str, str]]:
+    """How to get hyp files of the front, and to train with one: what for, command."""
+    if not found.front:
+        return
+    example = max(found.front, key=lambda trial: (trial.beats_base, not trial.is_base)).number
+    study = data.config.name
+    yield "Every trial of the front, into the study's folder:", f"yolosearch export {study} --pareto all"
+    yield (
+        f"One of them, for example trial {example}:",
+        f"yolosearch export {study} --pareto {example} -o hyp.pareto-{example}.yaml",
+    )
+    yield "Then, in your YOLOv5 checkout:", _command(data, f"hyp.pareto-{example}.yaml")
 
 
 def _parameter(ticket: Ticket, key: str) -> str:
@@ -180,7 +245,7 @@ def _hours(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def _command(data: StudyData) -> str:
+def _command(data: StudyData, hyp: str = "hyp.best.yaml") -> str:
     """The training command of YOLOv5's own repository for the study's settings."""
     train = data.config.train
     builtin = data.config.builtin_data
@@ -190,7 +255,7 @@ def _command(data: StudyData) -> str:
     )
     size = f"--img {train.image_size} --batch-size {train.batch_size} --epochs {train.epochs}"
     optimizer = "" if train.optimizer == "SGD" else f" --optimizer {train.optimizer}"
-    return f"python train.py --hyp hyp.best.yaml --data {name} {start} {size}{optimizer}"
+    return f"python train.py --hyp {hyp} --data {name} {start} {size}{optimizer}"
 
 
 def _footer(data: StudyData) -> str:
@@ -199,6 +264,6 @@ def _footer(data: StudyData) -> str:
     sampler, pruner = data.config.sampler.name, data.config.pruner.name
     return (
         f"yolosearch {importlib.metadata.version('yolosearch')}, {moment}. Study of {created}; objective "
-        f"{data.config.objective.describe()}; sampler {sampler}, pruner {pruner}; data fingerprint "
+        f"{data.config.objective_text()}; sampler {sampler}, pruner {pruner}; data fingerprint "
         f"{data.record.fingerprint}."
     )

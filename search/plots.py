@@ -27,17 +27,23 @@ from plotly.subplots import make_subplots
 
 from search.errors import SearchError
 from search.ledger import Ticket, TicketState
-from search.review import Findings, StudyData, short
+from search.pareto import non_dominated
+from search.review import Findings, StudyData, half_band, short
 from search.settings import AshaPruner, HyperbandPruner, PatientPruner
 from search.space import distributions
+from search.statistics import Confirmation, standard_error
 from search.transforms import active_keys
 
 BEST, BASE, OTHER, BAND_FILL = "#0d9488", "#d97706", "#64748b", "rgba(217, 119, 6, 0.14)"
+BELOW = "#94a3b8"
 """Readable on white and on black; the band is the base's colour."""
 
 CONTOUR_KEYS = 2
 SLICE_COLUMNS = 3
 HEIGHT = 380
+NORMAL_95 = 1.96
+"""Standard deviations to either side that hold all but one in twenty."""
+
 MIN_IMPORTANCE_TRIALS = 4
 """Below this both analyses fit noise alone."""
 
@@ -60,10 +66,12 @@ class Plot:
     """Why there is no figure."""
     wide: bool = False
     """Whether it needs room on its sides and is scrolled on a phone."""
+    noise: str = ""
+    """What is drawn of the noise, with its size; empty where it was not measured or says nothing here."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Subject:
+class Subject:
     """What plots are drawn from."""
 
     data: StudyData
@@ -77,20 +85,28 @@ class _Subject:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Spec:
+class Spec:
+    """How a plot is made; `noise` says in words what `draw` draws of it, from the same numbers."""
+
     key: str
     title: str
     caption: str
-    draw: Callable[[_Subject], go.Figure]
+    draw: Callable[[Subject], go.Figure]
+    noise: Callable[[Subject], str] = lambda _: ""
     wide: bool = False
 
 
-def importances(data: StudyData) -> dict[str, dict[str, float]]:
-    """How much of the objective's spread each searched key explains, by method; empty for too few trials."""
+def importances(data: StudyData, values: Mapping[int, float] | None = None) -> dict[str, dict[str, float]]:
+    """How much of the objective's spread each searched key explains, by method; empty for too few trials.
+
+    Args:
+        data: The study.
+        values: By ticket id, in place of the trials' own.
+    """
     usable = [ticket for ticket in data.complete if ticket.params]
     if len(usable) < MIN_IMPORTANCE_TRIALS:
         return {}
-    study = optuna_study(data)
+    study = optuna_study(data, values)
     found = {}
     for name, evaluator in _evaluators():
         try:
@@ -116,11 +132,12 @@ def main_importance(found: Mapping[str, Mapping[str, float]]) -> Mapping[str, fl
 
 def study_plots(data: StudyData, found: Findings, importance: Mapping[str, Mapping[str, float]]) -> tuple[Plot, ...]:
     """All plots of a study, in the order in which they are read."""
-    subject = _Subject(data, found, importance)
-    return tuple(_made(spec, subject) for spec in _SPECS)
+    subject = Subject(data, found, importance)
+    return tuple(made(spec, subject) for spec in SPECS)
 
 
-def _made(spec: _Spec, subject: _Subject) -> Plot:
+def made(spec: Spec, subject: Subject) -> Plot:
+    """One plot, or why it is missing."""
     figure, missing = None, None
     try:
         with warnings.catch_warnings():
@@ -128,26 +145,35 @@ def _made(spec: _Spec, subject: _Subject) -> Plot:
             figure = _styled(spec.draw(subject))
     except NoPlotError as error:
         missing = str(error)
-    return Plot(key=spec.key, title=spec.title, caption=spec.caption, figure=figure, missing=missing, wide=spec.wide)
+    noise = "" if figure is None else spec.noise(subject)
+    return Plot(
+        key=spec.key,
+        title=spec.title,
+        caption=spec.caption,
+        figure=figure,
+        missing=missing,
+        wide=spec.wide,
+        noise=noise,
+    )
 
 
 # ---- the study in memory ---------------------------------------------------------------------------------------------
 
 
-def optuna_study(data: StudyData) -> optuna.Study:
-    """The search's finished trials as an Optuna study in memory."""
+def optuna_study(data: StudyData, values: Mapping[int, float] | None = None) -> optuna.Study:
+    """The search's finished trials as an Optuna study in memory; `values` as in `importances`."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(study_name=data.config.name, direction="maximize")
     space = _observed_space(data)
     for ticket in data.tickets:
         params = {key: value for key, value in (ticket.params or {}).items() if key in space}
-        value = data.value(ticket)
-        if set(params) != set(active_keys(data.config, params)) or value is None or ticket.state not in _STATES:
+        value = data.value(ticket) if values is None else values.get(ticket.id)
+        if set(params) != set(active_keys(data.config, params)) or value is None or ticket.state not in ENDED_STATES:
             continue
         reported = {row.epoch + 1: row.value for row in data.rows(ticket) if row.value is not None}
         study.add_trial(
             create_trial(
-                state=_STATES[ticket.state],
+                state=ENDED_STATES[ticket.state],
                 value=value,
                 params=params,
                 distributions={key: space[key] for key in params},
@@ -157,7 +183,7 @@ def optuna_study(data: StudyData) -> optuna.Study:
     return study
 
 
-_STATES = {TicketState.COMPLETE: TrialState.COMPLETE, TicketState.PRUNED: TrialState.PRUNED}
+ENDED_STATES = {TicketState.COMPLETE: TrialState.COMPLETE, TicketState.PRUNED: TrialState.PRUNED}
 
 
 def _observed_space(data: StudyData) -> dict[str, BaseDistribution]:
@@ -176,7 +202,7 @@ def _observed_space(data: StudyData) -> dict[str, BaseDistribution]:
 
 
 def _history(data: StudyData) -> go.Figure:
-    ended = [(ticket, data.value(ticket)) for ticket in data.tickets if ticket.state in _STATES]
+    ended = [(ticket, data.value(ticket)) for ticket in data.tickets if ticket.state in ENDED_STATES]
     points = [(ticket, value) for ticket, value in ended if value is not None]
     if not points:
         raise NoPlotError("no trial has ended yet")
@@ -185,7 +211,7 @@ def _history(data: StudyData) -> go.Figure:
     pruned = [(t, value) for t, value in points if t.state is TicketState.PRUNED]
     for name, group, symbol in (("pruned", pruned, "circle-open"), ("complete", complete, "circle")):
         figure.add_scatter(
-            x=[_number(t) for t, _ in group],
+            x=[trial_number(t) for t, _ in group],
             y=[value for _, value in group],
             mode="markers",
             name=name,
@@ -193,7 +219,7 @@ def _history(data: StudyData) -> go.Figure:
             text=[_hover(data, t) for t, _ in group],
             hovertemplate="%{text}<extra></extra>",
         )
-    _add_best_so_far(figure, complete, last=max(_number(ticket) for ticket, _ in points))
+    _add_best_so_far(figure, complete, last=max(trial_number(ticket) for ticket, _ in points))
     _mark_base_and_best(figure, data)
     figure.update_layout(xaxis_title="trial", yaxis_title=_axis(data))
     return figure
@@ -203,7 +229,7 @@ def _add_best_so_far(figure: go.Figure, complete: Sequence[tuple[Ticket, float]]
     best, line = -math.inf, []
     for ticket, value in complete:
         best = max(best, value)
-        line.append((_number(ticket), best))
+        line.append((trial_number(ticket), best))
     line += [(last, best)] if line else []
     figure.add_scatter(
         x=[number for number, _ in line],
@@ -221,7 +247,7 @@ def _mark_base_and_best(figure: go.Figure, data: StudyData) -> None:
     for name, ticket, colour in (("base", data.base, BASE), ("best", data.best, BEST)):
         if ticket is not None and ticket.value is not None and not (name == "best" and ticket is data.base):
             figure.add_scatter(
-                x=[_number(ticket)],
+                x=[trial_number(ticket)],
                 y=[ticket.value],
                 mode="markers",
                 name=name,
@@ -237,6 +263,16 @@ def _add_base_line(figure: go.Figure, data: StudyData) -> None:
     figure.add_hline(y=data.base.value, line={"color": BASE, "dash": "dot", "width": 1})
     if data.band is not None:
         figure.add_hrect(y0=data.band[0], y1=data.band[1], fillcolor=BAND_FILL, line_width=0, layer="below")
+
+
+def _band_text(subject: Subject) -> str:
+    """What the band around the base's value is."""
+    half = _value_half_band(subject.data)
+    return "" if half is None else f"Inside the shaded band (± {half:.3f}) a trial may differ from the base by chance."
+
+
+def _value_half_band(data: StudyData) -> float | None:
+    return None if data.band is None else (data.band[1] - data.band[0]) / 2
 
 
 def _importance(importance: Mapping[str, Mapping[str, float]]) -> go.Figure:
@@ -264,10 +300,10 @@ def _importance(importance: Mapping[str, Mapping[str, float]]) -> go.Figure:
     return figure
 
 
-def _classes(found: Findings) -> go.Figure:
+def _classes(data: StudyData, found: Findings) -> go.Figure:
     if not found.classes:
         raise NoPlotError("base and best are not both complete")
-    names = [_label(change.name) for change in found.classes]
+    names = [label(change.name) for change in found.classes]
     figure = go.Figure()
     hover = "%{y:.4f}"
     base, best = [change.base for change in found.classes], [change.best for change in found.classes]
@@ -276,12 +312,42 @@ def _classes(found: Findings) -> go.Figure:
     figure.add_bar(
         x=names, y=best, name="best", marker_color=BEST, text=changes, textposition="outside", hovertemplate=hover
     )
-    top = max([*base, *best])
+    add_class_bands(figure, data, {change.name: change.base for change in found.classes})
+    halves = [half_band(data.class_noise.get(change.name, 0.0)) for change in found.classes]
+    top = max([*best, *(value + half for value, half in zip(base, halves, strict=True))])
     figure.update_layout(
         barmode="group", bargap=0.35, yaxis={"title": "AP 0.50 to 0.95", "range": [0, top * 1.12 or 1]}
     )
     figure.update_xaxes(type="category")
     return figure
+
+
+def add_class_bands(figure: go.Figure, data: StudyData, base: Mapping[str, float]) -> None:
+    """The noise band of each class around its AP under the base, over axes whose categories are in this order."""
+    for place, (name, value) in enumerate(base.items()):
+        if name in data.class_noise:
+            half = half_band(data.class_noise[name])
+            across = {"x0": place - 0.45, "x1": place + 0.45}
+            # Above the bars, which would hide it, and so with edges.
+            edge = {"color": "rgba(217, 119, 6, 0.7)", "width": 1, "dash": "dot"}
+            figure.add_shape(type="rect", y0=value - half, y1=value + half, fillcolor=BAND_FILL, line=edge, **across)
+
+
+def class_noise_text(subject: Subject) -> str:
+    """What the bands of the classes are."""
+    data = subject.data
+    halves = [half_band(sd) for sd in data.class_noise.values()]
+    if not halves:
+        return ""
+    return (
+        f"Inside its shaded band a class may differ from the base by chance alone: {_span(halves)}, from "
+        f"{len(data.base_reruns)} reruns of the base."
+    )
+
+
+def _span(halves: Sequence[float]) -> str:
+    low, high = f"{min(halves):.3f}", f"{max(halves):.3f}"
+    return f"± {low}" if low == high else f"± {low} to {high}"
 
 
 def _confirmation(data: StudyData) -> go.Figure:
@@ -292,7 +358,7 @@ def _confirmation(data: StudyData) -> go.Figure:
     figure = go.Figure()
     figure.add_scatter(
         x=[line.gain for line in lines],
-        y=[_label(line.candidate) for line in lines],
+        y=[label(line.candidate) for line in lines],
         mode="markers",
         error_x={
             "type": "data",
@@ -302,17 +368,32 @@ def _confirmation(data: StudyData) -> go.Figure:
             "thickness": 2,
         },
         marker={"color": colours, "size": 12},
-        text=[f"{_label(line.verdict)}, p = {line.p_value:.3g}" for line in lines],
+        text=[f"{label(line.verdict)}, p = {line.p_value:.3g}" for line in lines],
         hovertemplate="%{x:+.4f}, %{text}<extra></extra>",
         showlegend=False,
     )
-    half = 1.96 * math.sqrt(2) * data.confirmation.noise
+    half = _mean_half_band(data.confirmation)
     figure.add_vrect(x0=-half, x1=half, fillcolor=BAND_FILL, line_width=0, layer="below")
     figure.add_vline(x=0, line={"color": BASE, "dash": "dot"})
     figure.update_layout(
         xaxis_title=f"gain in {_axis(data)} over the base", yaxis_type="category", height=150 + 44 * len(lines)
     )
     return figure
+
+
+def _mean_half_band(confirmation: Confirmation) -> float:
+    """Half the band of what is drawn there: means of paired differences, which vary less than a single one."""
+    return NORMAL_95 * standard_error(confirmation.noise, confirmation.seeds)
+
+
+def _confirmation_noise_text(subject: Subject) -> str:
+    confirmation = subject.data.confirmation
+    if confirmation is None:
+        return ""
+    return (
+        f"Of equal settings the mean over {confirmation.seeds} paired seeds leaves the shaded band "
+        f"(± {_mean_half_band(confirmation):.3f}) once in twenty times."
+    )
 
 
 def _curves(data: StudyData) -> go.Figure:
@@ -334,29 +415,29 @@ def _curves(data: StudyData) -> go.Figure:
             showlegend=special,
             hovertemplate=f"{name}, epoch %{{x}}: %{{y:.4f}}<extra></extra>",
         )
-    for rung in _rungs(data):
+    for rung in rungs(data):
         figure.add_vline(x=rung, line={"color": OTHER, "dash": "dot", "width": 1})
     _add_base_line(figure, data)
     figure.update_layout(xaxis_title="epoch", yaxis_title=_axis(data), xaxis_rangemode="tozero")
     return figure
 
 
-def _rungs(data: StudyData) -> list[int]:
+def rungs(data: StudyData) -> list[int]:
     """Epochs at which the pruner halves; none for pruners that look at every epoch."""
     pruner = data.config.pruner
     inner = pruner.wrapped if isinstance(pruner, PatientPruner) else pruner
     if not isinstance(inner, AshaPruner | HyperbandPruner):
         return []
-    rungs = []
+    found = []
     epoch = inner.min_epochs or 1
     while epoch < data.config.train.epochs:
-        rungs.append(epoch)
+        found.append(epoch)
         epoch *= inner.reduction_factor
-    return rungs
+    return found
 
 
 def _slice(data: StudyData, importance: Mapping[str, float]) -> go.Figure:
-    ended = [ticket for ticket in data.tickets if ticket.state in _STATES and ticket.params]
+    ended = [ticket for ticket in data.tickets if ticket.state in ENDED_STATES and ticket.params]
     points = [(ticket, value) for ticket in ended if (value := data.value(ticket)) is not None]
     if len(points) < 2:
         raise NoPlotError("fewer than two trials have ended")
@@ -385,7 +466,7 @@ def _add_slice(
 ) -> None:
     for state, symbol in ((TicketState.PRUNED, "circle-open"), (TicketState.COMPLETE, "circle")):
         chosen = [(ticket, value) for ticket, value in points if ticket.state is state]
-        shade = {"color": [_number(ticket) for ticket, _ in chosen], "coloraxis": "coloraxis"}
+        shade = {"color": [trial_number(ticket) for ticket, _ in chosen], "coloraxis": "coloraxis"}
         figure.add_scatter(
             x=[(ticket.params or {}).get(key) for ticket, _ in chosen],
             y=[value for _, value in chosen],
@@ -452,15 +533,30 @@ def _parallel(data: StudyData, importance: Mapping[str, float]) -> go.Figure:
         raise NoPlotError("fewer than two trials are complete")
     values = [ticket.value or 0.0 for ticket in data.complete]
     dimensions = [{"label": _axis(data), "values": values}]
-    dimensions += [_dimension(data, key) for key in _keys(data, importance)]
-    line = {"color": values, "colorscale": [[0, "#94a3b8"], [1, BEST]]}
+    dimensions += [dimension(data, key) for key in _keys(data, importance)]
+    line = {"color": values, "colorscale": _value_colours(data, min(values), max(values))}
     figure = go.Figure(go.Parcoords(dimensions=dimensions, line=line, labelfont={"size": 13}))
     figure.update_layout(margin={"l": 48, "r": 44, "t": 48, "b": 24})
     return figure
 
 
-def _dimension(data: StudyData, key: str) -> dict[str, Any]:
-    """One axis of the parallel coordinates, logarithmic where the key is searched so."""
+def _value_colours(data: StudyData, low: float, high: float) -> list[list[float | str]]:
+    """Colours of values from `low` to `high`; with a noise band in steps: below it, in it, above it."""
+    if data.band is None or high <= low:
+        return [[0.0, BELOW], [1.0, BEST]]
+    first, last = (min(1.0, max(0.0, (end - low) / (high - low))) for end in data.band)
+    return [[0.0, BELOW], [first, BELOW], [first, BASE], [last, BASE], [last, BEST], [1.0, BEST]]
+
+
+def _parallel_noise_text(subject: Subject) -> str:
+    half = _value_half_band(subject.data)
+    if half is None:
+        return ""
+    return f"Amber lines lie in the noise band, ± {half:.3f} around the base; green ones above it, grey ones below."
+
+
+def dimension(data: StudyData, key: str) -> dict[str, Any]:
+    """One axis of parallel coordinates of the complete trials, logarithmic where the key is searched so."""
     values = [float((ticket.params or {}).get(key, math.nan)) for ticket in data.complete]
     found = _range(data, key)
     if not found.log:
@@ -486,12 +582,42 @@ def _contour(data: StudyData, importance: Mapping[str, float]) -> go.Figure:
     bar = {"title": {"text": _axis(data)}, "thickness": 12}
     look = {"colorscale": "Tealgrn", "reversescale": False, "line_width": 0, "colorbar": bar}
     figure.update_traces(look, selector={"type": "contour"})
+    _add_band_lines(figure, data)
     shown = [figure.layout.xaxis.title.text, figure.layout.yaxis.title.text]
     figure.update_layout(title=None)
     for axis, key in zip((figure.update_xaxes, figure.update_yaxes), shown, strict=True):
         ticks = _key_axis(data, str(key))
         axis({name: ticks[name] for name in ("tickvals", "ticktext") if name in ticks})
     return figure
+
+
+def _add_band_lines(figure: go.Figure, data: StudyData) -> None:
+    """Where the interpolated value enters and leaves the noise band."""
+    drawn = next(iter(figure.select_traces(selector={"type": "contour"})), None)
+    if data.band is None or drawn is None:
+        return
+    low, high = data.band
+    figure.add_contour(
+        x=drawn.x,
+        y=drawn.y,
+        z=drawn.z,
+        connectgaps=True,
+        contours={"start": low, "end": high, "size": high - low, "coloring": "none"},
+        line={"color": BASE, "dash": "dash", "width": 2},
+        showscale=False,
+        showlegend=False,
+        hoverinfo="skip",
+    )
+
+
+def _contour_noise_text(subject: Subject) -> str:
+    half = _value_half_band(subject.data)
+    if half is None:
+        return ""
+    return (
+        f"Dashed lines, where there are any, bound the region of the noise band, ± {half:.3f} around the base: colours "
+        "inside it are not told apart by single runs."
+    )
 
 
 def _complete_only(data: StudyData) -> optuna.Study:
@@ -503,24 +629,13 @@ def _complete_only(data: StudyData) -> optuna.Study:
     return found
 
 
-def _front(data: StudyData) -> go.Figure:
+def _precision_recall(data: StudyData) -> go.Figure:
     points = [(ticket, metrics) for ticket in data.complete if "precision" in (metrics := data.metrics(ticket))]
     if len(points) < 2:
         raise NoPlotError("fewer than two trials are complete")
     figure = go.Figure()
-    front, best_precision = [], -math.inf
-    for _, metrics in sorted(points, key=lambda point: (-point[1]["recall"], -point[1]["precision"])):
-        if metrics["precision"] > best_precision:
-            best_precision = metrics["precision"]
-            front.append(metrics)
-    figure.add_scatter(
-        x=[metrics["recall"] for metrics in front],
-        y=[metrics["precision"] for metrics in front],
-        mode="lines",
-        name="front",
-        line={"color": OTHER, "dash": "dot", "shape": "vh"},
-        hoverinfo="skip",
-    )
+    pairs = [(metrics["recall"], metrics["precision"]) for _, metrics in points]
+    add_staircase(figure, [pairs[index] for index in non_dominated(pairs)], "beaten in both by none")
     for ticket, metrics in sorted(points, key=lambda point: _is_special(data, point[0])):
         name, colour = _role(data, ticket)
         special = _is_special(data, ticket)
@@ -530,6 +645,7 @@ def _front(data: StudyData) -> go.Figure:
             mode="markers",
             name=name,
             showlegend=special,
+            **(_error_bars(data) if special else {}),
             marker={"color": colour, "size": 13 if special else 8, "symbol": "diamond" if special else "circle"},
             text=[_hover(data, ticket)],
             hovertemplate="%{text}<br>recall %{x:.3f}, precision %{y:.3f}<extra></extra>",
@@ -538,13 +654,46 @@ def _front(data: StudyData) -> go.Figure:
     return figure
 
 
+def add_staircase(figure: go.Figure, points: Sequence[tuple[float, float]], name: str, **place: int) -> None:
+    """The edge of what the points of a front reach, given from the right to the left."""
+    figure.add_scatter(
+        x=[x for x, _ in points],
+        y=[y for _, y in points],
+        mode="lines",
+        name=name,
+        # From a point to the left at its own height: nothing is reached above and right of a corner.
+        line={"color": OTHER, "dash": "dot", "shape": "hv"},
+        hoverinfo="skip",
+        **place,
+    )
+
+
+def _error_bars(data: StudyData) -> dict[str, Any]:
+    """One standard deviation of a run to either side, where it is known."""
+    return {
+        f"error_{axis}": {"type": "constant", "value": data.metric_noise[metric], "thickness": 1.5, "width": 3}
+        for axis, metric in (("x", "recall"), ("y", "precision"))
+        if metric in data.metric_noise
+    }
+
+
+def _precision_recall_noise_text(subject: Subject) -> str:
+    noise = subject.data.metric_noise
+    if not {"precision", "recall"} <= set(noise):
+        return ""
+    return (
+        f"The bars are one standard deviation of a run, {noise['recall']:.3f} in recall and "
+        f"{noise['precision']:.3f} in precision, from {len(subject.data.base_reruns)} reruns of the base."
+    )
+
+
 def _role(data: StudyData, ticket: Ticket) -> tuple[str, str]:
     """What a trial is called, and its colour."""
     if data.base is not None and ticket.id == data.base.id:
         return "base", BASE
     if data.best is not None and ticket.id == data.best.id:
         return "best", BEST
-    return f"trial {_number(ticket)}", OTHER
+    return f"trial {trial_number(ticket)}", OTHER
 
 
 def _is_special(data: StudyData, ticket: Ticket) -> bool:
@@ -556,23 +705,27 @@ def _keys(data: StudyData, importance: Mapping[str, float]) -> tuple[str, ...]:
     return tuple(sorted(distributions(data.config), key=lambda key: -importance.get(key, 0.0)))
 
 
-def _number(ticket: Ticket) -> int:
+def trial_number(ticket: Ticket) -> int:
+    """A trial's number, or as long as it has none its ticket's."""
     return ticket.number if ticket.trial_number is None else ticket.trial_number
 
 
 def _hover(data: StudyData, ticket: Ticket) -> str:
     value = data.value(ticket)
-    lines = [f"trial {_number(ticket)}, {ticket.state.lower()}", "" if value is None else f"{data.metric} {value:.4f}"]
+    lines = [
+        f"trial {trial_number(ticket)}, {ticket.state.lower()}",
+        "" if value is None else f"{data.metric} {value:.4f}",
+    ]
     lines += [f"{key} {number:.3g}" for key, number in (ticket.params or {}).items()]
-    return "<br>".join(_label(line) for line in lines if line)
+    return "<br>".join(label(line) for line in lines if line)
 
 
 def _axis(data: StudyData) -> str:
-    return _label(data.metric.removeprefix("the "))
+    return label(data.metric.removeprefix("the "))
 
 
-def _label(text: str) -> str:
-    """Text as it is: plotly reads a subset of HTML in labels."""
+def label(text: str) -> str:
+    """A text as it is: plotly reads a subset of HTML in labels."""
     return html.escape(text, quote=False)
 
 
@@ -598,66 +751,75 @@ def _styled(figure: go.Figure) -> go.Figure:
 
 # ---- the list -------------------------------------------------------------------------------------------------------
 
-_SPECS = (
-    _Spec(
+SPECS = (
+    Spec(
         key="history",
         title="Trials in order",
         caption="Every trial's value when it ended. The line is the best so far; hollow marks were pruned early, "
         "so their values are not comparable.",
         draw=lambda subject: _history(subject.data),
+        noise=_band_text,
     ),
-    _Spec(
+    Spec(
         key="importance",
         title="What mattered",
         caption="How much of the spread of the values each hyperparameter explains. fANOVA looks at the whole "
         "space, PED-ANOVA at the best trials. Where they disagree, neither is certain.",
         draw=lambda subject: _importance(subject.methods),
     ),
-    _Spec(
+    Spec(
         key="classes",
         title="Each class against the base",
         caption="Average precision (IoU 0.50 to 0.95) of each class, best trial against base.",
-        draw=lambda subject: _classes(subject.found),
+        draw=lambda subject: _classes(subject.data, subject.found),
+        noise=class_noise_text,
     ),
-    _Spec(
+    Spec(
         key="confirmation",
         title="Base and candidates over paired seeds",
         caption="The mean gain over the same seeds with its interval; right of zero by the whole interval means "
         "better.",
         draw=lambda subject: _confirmation(subject.data),
+        noise=_confirmation_noise_text,
     ),
-    _Spec(
+    Spec(
         key="curves",
         title="Epoch by epoch",
         caption="The value of every trial after each evaluated epoch. Grey ends early where the pruner stopped a "
         "trial.",
         draw=lambda subject: _curves(subject.data),
+        noise=_band_text,
     ),
-    _Spec(
+    Spec(
         key="slice",
         title="One hyperparameter at a time",
         caption="The value of complete and pruned trials over each hyperparameter, later trials darker.",
         draw=lambda subject: _slice(subject.data, subject.importance),
+        noise=_band_text,
         wide=True,
     ),
-    _Spec(
+    Spec(
         key="parallel",
         title="All hyperparameters together",
         caption="Each line is a complete trial. Drag along an axis to select a range.",
         draw=lambda subject: _parallel(subject.data, subject.importance),
+        noise=_parallel_noise_text,
         wide=True,
     ),
-    _Spec(
+    Spec(
         key="contour",
         title="The two that mattered most",
         caption="The value, interpolated between trials. Far from any dot it is a guess.",
         draw=lambda subject: _contour(subject.data, subject.importance),
+        noise=_contour_noise_text,
     ),
-    _Spec(
-        key="front",
-        title="The trade between precision and recall",
-        caption="Complete trials. On the line are those that no other beats in both.",
-        draw=lambda subject: _front(subject.data),
+    Spec(
+        key="precision_recall",
+        title="Precision against recall",
+        caption="Complete trials. The study maximises its objective, not these two; on the dotted line are the trials "
+        "that no other beats in both.",
+        draw=lambda subject: _precision_recall(subject.data),
+        noise=_precision_recall_noise_text,
     ),
 )
 

@@ -11,10 +11,10 @@ from typing import Literal
 
 from search.config import StudyConfig
 from search.confirm import latest_confirmation, noise_report
-from search.ledger import KINDS, SEARCH, EpochRow, Ledger, StudyRecord, Ticket, TicketState, base_numbers
+from search.ledger import KINDS, SEARCH, EpochRow, Ledger, StudyRecord, Ticket, TicketState, base_numbers, front
 from search.recommendation import Recommendation, recommend
 from search.settings import SpaceEntry
-from search.statistics import Comparison, Confirmation
+from search.statistics import Comparison, Confirmation, spread
 from search.transforms import hyperparameters, moved_keys
 from search.weights import complete_trials, value_row
 
@@ -24,13 +24,16 @@ BAND = 1.96 * math.sqrt(2)
 NAMED_KEYS = 3
 """Hyperparameters that the verdict names; the others are counted."""
 
+NAMED_TRIALS = 4
+"""Trials of a front that the verdict names; the others are counted."""
+
 SMALL_MOVE = 0.05
 """A change of less than this share of its range is not worth naming."""
 
 MAIN_SHARE = 0.5
 """A class that has more than this share of all gains in AP is what the gain mostly is."""
 
-Standing = Literal["confirmed", "unconfirmed", "keep", "open"]
+Standing = Literal["confirmed", "unconfirmed", "keep", "open", "front"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,13 +75,54 @@ class StudyData:
 
     @cached_property
     def recommendation(self) -> Recommendation | None:
-        """What the study recommends."""
+        """What the study recommends; of several objectives nothing: there is a front."""
+        if self.config.objectives:
+            return None
         return recommend(self.every_ticket, self.confirmation, self.candidates)
 
     @property
     def best(self) -> Ticket | None:
         """The trial that it recommends, which is the base where a confirmation found no winner."""
         return None if self.recommendation is None else self.recommendation.ticket
+
+    @cached_property
+    def front(self) -> tuple[Ticket, ...]:
+        """The trials that no other one beats in all of several objectives, by the first; () with one objective."""
+        return tuple(front(self.tickets))
+
+    @cached_property
+    def base_reruns(self) -> tuple[Ticket, ...]:
+        """The base's complete trainings on other seeds, as long as the search's, one of each seed."""
+        found: dict[int | None, Ticket] = {}
+        for ticket in self.every_ticket:
+            is_base = ticket.is_rerun and not ticket.candidate and ticket.epochs == self.config.train.epochs
+            if is_base and ticket.state is TicketState.COMPLETE:
+                found.setdefault(ticket.seed, ticket)
+        return tuple(found.values())
+
+    @cached_property
+    def metric_noise(self) -> dict[str, float]:
+        """Standard deviation of each metric over the base's reruns; empty with fewer than two."""
+        return _deviations([self.metrics(ticket) for ticket in self.base_reruns])
+
+    @property
+    def class_noise(self) -> dict[str, float]:
+        """The same of each class's AP, by its name."""
+        return _deviations([self.class_ap(ticket) for ticket in self.base_reruns])
+
+    @property
+    def objective_noise(self) -> dict[str, float]:
+        """The same of several objectives."""
+        return _deviations([self.objective_values(ticket) for ticket in self.base_reruns])
+
+    def objective_values(self, ticket: Ticket) -> dict[str, float]:
+        """A trial's values under several objectives, by their names; {} with one, or as long as it is not complete."""
+        return dict(zip(self.objective_names, ticket.objective_values or (), strict=False))
+
+    @property
+    def objective_names(self) -> tuple[str, ...]:
+        """Of several objectives."""
+        return tuple(objective.name for objective in self.config.objectives)
 
     @property
     def run_noise(self) -> float | None:
@@ -92,7 +136,7 @@ class StudyData:
         """Values that do not differ from the base by more than two runs of equal settings would."""
         if self.base is None or self.base.value is None or self.run_noise is None:
             return None
-        half = BAND * self.run_noise
+        half = half_band(self.run_noise)
         return self.base.value - half, self.base.value + half
 
     @property
@@ -132,6 +176,19 @@ class StudyData:
             int(key.removeprefix(prefix)): ap for key, ap in self.metrics(ticket).items() if key.startswith(prefix)
         }
         return {self.class_name(index): found[index] for index in sorted(found)}
+
+
+def half_band(sd: float) -> float:
+    """Half the noise band of something with this standard deviation from run to run."""
+    return BAND * sd
+
+
+def _deviations(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Standard deviation of what all these runs have."""
+    if len(runs) < 2:
+        return {}
+    shared = [key for key in runs[0] if all(key in run for run in runs)]
+    return {key: spread([run[key] for run in runs]).sd for key in shared}
 
 
 def read_study_data(ledger: Ledger, config: StudyConfig, class_names: Sequence[str] = ()) -> StudyData:
@@ -184,6 +241,26 @@ class ClassChange:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FrontTrial:
+    """One trial of the Pareto front of several objectives."""
+
+    number: int
+    """Of the trial."""
+    is_base: bool
+    values: Mapping[str, float]
+    """By objective."""
+    gains: Mapping[str, float]
+    """Against the base; empty where that has no values."""
+    is_clear: bool
+    """Whether every gain is more than two runs of equal settings differ by; False where that was not measured."""
+
+    @property
+    def beats_base(self) -> bool:
+        """Whether it is better than the base in every objective."""
+        return bool(self.gains) and all(gain > 0 for gain in self.gains.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
     """What the study took so far."""
 
@@ -226,6 +303,8 @@ class Findings:
     """Trials of the search by state."""
     failures: tuple[tuple[str, tuple[int, ...]], ...]
     """Reasons, each with the numbers of the trials that failed for it."""
+    front: tuple[FrontTrial, ...] = ()
+    """Of several objectives, by the first."""
 
 
 def findings(data: StudyData, importance: Mapping[str, float] | None = None) -> Findings:
@@ -235,6 +314,8 @@ def findings(data: StudyData, importance: Mapping[str, float] | None = None) -> 
         data: The study.
         importance: Of the searched keys, to name those first that matter; None names those first that moved most.
     """
+    if data.config.objectives:
+        return _front_findings(data)
     moves, classes = _moves(data, importance or {}), _class_changes(data)
     comparison = _comparison(data)
     standing = _standing(data)
@@ -248,9 +329,13 @@ def findings(data: StudyData, importance: Mapping[str, float] | None = None) -> 
         moves=moves,
         classes=classes,
         cost=_cost(data),
-        counts={state.value: sum(ticket.state is state for ticket in data.tickets) for state in TicketState},
+        counts=_state_counts(data),
         failures=_failures(data),
     )
+
+
+def _state_counts(data: StudyData) -> dict[str, int]:
+    return {state.value: sum(ticket.state is state for ticket in data.tickets) for state in TicketState}
 
 
 def short(value: float) -> str:
@@ -341,7 +426,7 @@ def _open_verdict(data: StudyData) -> str:
     if data.best is None:
         return f"Nothing to say yet: {ended} of {len(data.tickets)} trials have ended, none is complete."
     best = f"trial {data.best.trial_number} has {data.metric} {data.best.value:.3f}"
-    return f"Nothing to compare with: {best}, and {data.base_name} {'have' if _plural(data) else 'has'} no value."
+    return f"Nothing to compare with: {best}, and {data.base_name} {_has(data)} no value."
 
 
 def _keep_verdict(data: StudyData) -> str:
@@ -364,14 +449,17 @@ def _plural(data: StudyData) -> bool:
     return data.config.base_hyp is None
 
 
+def _has(data: StudyData) -> str:
+    return "have" if _plural(data) else "has"
+
+
 def _moved_text(moves: Sequence[Move]) -> tuple[str, str]:
     """The moved keys, and the verb that goes with them."""
     moved = [move for move in moves if move.share >= SMALL_MOVE] or list(moves[:1])
     named = [move.text for move in moved[:NAMED_KEYS]]
     if len(moved) > NAMED_KEYS:
         named.append(f"{len(moved) - NAMED_KEYS} more")
-    text = named[0] if len(named) == 1 else f"{', '.join(named[:-1])} and {named[-1]}"
-    return text, "raises" if len(moved) == 1 else "raise"
+    return listed(named), "raises" if len(moved) == 1 else "raise"
 
 
 def _mostly(classes: Sequence[ClassChange]) -> str:
@@ -392,8 +480,6 @@ def _against_noise(data: StudyData) -> str:
 
 
 def _advice(data: StudyData, standing: Standing) -> str:
-    open_trials = sum(not ticket.state.is_final for ticket in data.tickets)
-    going = f"The study is not over: {open_trials} trials are open. " if open_trials else ""
     texts = {
         "confirmed": "Train with the file below.",
         "unconfirmed": "A gain in one run may be luck, all the more as it is the largest of many. "
@@ -401,7 +487,100 @@ def _advice(data: StudyData, standing: Standing) -> str:
         "keep": "Nothing has to change in your training.",
         "open": "",
     }
-    return (going + texts[standing]).strip()
+    return (_still_open(data) + texts[standing]).strip()
+
+
+def _still_open(data: StudyData) -> str:
+    count = sum(not ticket.state.is_final for ticket in data.tickets)
+    return f"The study is not over: {count} trials are open. " if count else ""
+
+
+# ---- several objectives ----------------------------------------------------------------------------------------------
+
+
+def _front_findings(data: StudyData) -> Findings:
+    trials = tuple(_front_trial(data, ticket) for ticket in data.front)
+    return Findings(
+        standing="front" if trials else "open",
+        verdict=_front_verdict(data, trials) if trials else _open_verdict(data),
+        advice=_front_advice(data, trials),
+        gain=None,
+        margin=None,
+        moves=(),
+        classes=(),
+        cost=_cost(data),
+        counts=_state_counts(data),
+        failures=_failures(data),
+        front=trials,
+    )
+
+
+def _front_trial(data: StudyData, ticket: Ticket) -> FrontTrial:
+    values, noise = data.objective_values(ticket), data.objective_noise
+    base = {} if data.base is None else data.objective_values(data.base)
+    gains = {name: value - base[name] for name, value in values.items() if name in base}
+    return FrontTrial(
+        number=_number(ticket),
+        is_base=data.base is not None and ticket.id == data.base.id,
+        values=values,
+        gains=gains,
+        is_clear=bool(gains) and all(name in noise and gains[name] > half_band(noise[name]) for name in gains),
+    )
+
+
+def _front_verdict(data: StudyData, trials: Sequence[FrontTrial]) -> str:
+    names = data.objective_names
+    verb = "is" if len(trials) == 1 else "are"
+    front = f"{len(trials)} of {len(data.complete)} complete trials {verb} on the front of {listed(names)}"
+    if data.base is None:
+        return f"{front}; there is nothing to compare with: {data.base_name} {_has(data)} no value."
+    everything = "both" if len(names) == 2 else f"all {len(names)}"
+    better = [trial for trial in trials if trial.beats_base]
+    if not better and any(trial.is_base for trial in trials):
+        whom = "them" if _plural(data) else "it"
+        return f"{front}, {data.base_name} among them: no trial beats {whom} in {everything}."
+    if not better:
+        return f"{front}; none beats {data.base_name} in {everything}."
+    who = _trials_text([trial.number for trial in better])
+    verb = "beats" if len(better) == 1 else "beat"
+    return f"{front}; in one run {who} {verb} {data.base_name} in {everything}{_clearly(data, better)}."
+
+
+def _clearly(data: StudyData, better: Sequence[FrontTrial]) -> str:
+    """How many of them by more than noise, where that is known."""
+    if not data.objective_noise:
+        return ""
+    count = sum(trial.is_clear for trial in better)
+    if len(better) == 1:
+        return f", by {'more' if count else 'no more'} than the noise of two runs in each"
+    return f", {count or 'none'} of them by more than the noise of two runs in each"
+
+
+def _front_advice(data: StudyData, trials: Sequence[FrontTrial]) -> str:
+    if not trials:
+        return _still_open(data).strip()
+    advice = (
+        "Choose by what matters to you and train the choice again on a few other seeds: the more objectives and trials "
+        "there are, the more of them are on the front by luck."
+    )
+    measure = "" if data.objective_noise else " How far equal runs are apart was not measured; `yolosearch noise` does."
+    return f"{_still_open(data)}{advice}{measure}"
+
+
+def listed(words: Sequence[str]) -> str:
+    """Words as a sentence lists them."""
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def _trials_text(numbers: Sequence[int]) -> str:
+    """Their numbers, of many only the first."""
+    shown = [str(number) for number in sorted(numbers)]
+    if len(shown) > NAMED_TRIALS + 1:  # "1 more" is no shorter than its number
+        shown[NAMED_TRIALS:] = [f"{len(shown) - NAMED_TRIALS} more"]
+    return f"trial{'' if len(numbers) == 1 else 's'} {listed(shown)}"
+
+
+# ---- cost and failures -----------------------------------------------------------------------------------------------
 
 
 def _cost(data: StudyData) -> Cost:

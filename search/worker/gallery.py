@@ -60,9 +60,7 @@ class Gallery:
         self._tracker = tracker
         self._context = context
         self._study = context.record.name
-        # The review is about one objective, and of several no trial is the champion.
-        is_single = not context.config.objectives
-        self._wanted = is_single and context.config.tracking.enabled and context.config.tracking.review
+        self._wanted = context.config.tracking.enabled and context.config.tracking.review
         self._process: BaseProcess | None = None
         self._folder: Path | None = None
         self._data: StudyData | None = None
@@ -220,6 +218,8 @@ class Gallery:
         counts = {f"yolosearch.trials.{state.lower()}": str(count) for state, count in findings(data).counts.items()}
         found = data.recommendation
         best = {} if found is None else {"yolosearch.best_trial": str(found.trial)}
+        if data.front:
+            best["yolosearch.front"] = ", ".join(str(ticket.trial_number) for ticket in data.front)
         # Last: who finds the tag takes everything for sent.
         self._tracker.set_tags(run_id, {**counts, **best, NOTE_TAG: text, REVIEWED_TAG: str(len(ended))})
 

@@ -114,6 +114,34 @@ def test_mirror_study_over_shows_plots_report_numbers_and_note(
     assert after == before
 
 
+def test_mirror_study_of_several_objectives_shows_its_front_and_registers_no_champion(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    recalls = {number: {"recall": recall} for number, recall in enumerate((0.4, 0.35, 0.45))}
+    options = {"objectives": ["fitness", "recall"], "pruner": None, "figures": recalls, **REVIEW}
+    fates = [(COMPLETE, value) for value in (0.40, 0.50, 0.41)]
+    study = made_up_study(tmp_path / "study", tmp_path_factory.getbasetemp(), fates, tracked=True, **options)
+
+    with mirror_of(study) as mirror:
+        mirror.reconcile()
+
+    summary = summary_of(study)
+    files = artifacts_of(study, summary)
+    assert {"report.html", "study.yaml", "plots/01-front.html", "hyp.pareto-1.yaml", "hyp.pareto-2.yaml"} <= files
+    assert "hyp.best.yaml" not in files
+    note = summary.data.tags["mlflow.note.content"]
+    assert note.startswith("## 2 of 3 complete trials are on the front of fitness and recall; in one run trial 2 beats")
+    assert "| 1 | 0.5000 (+0.1000) | 0.3500 (-0.0500) |" in note
+    assert "`yolosearch export tiny --pareto N`" in note
+    assert summary.data.tags["yolosearch.front"] == "1, 2"
+    assert "yolosearch.best_trial" not in summary.data.tags
+    assert "study/gain" not in summary.data.metrics
+    assert summary.data.metrics["study/base_fitness"] == 0.4
+    from mlflow.tracking import MlflowClient
+
+    assert not MlflowClient(f"sqlite:///{study.runs / 'mlflow.db'}").search_registered_models()
+
+
 def test_mirror_study_that_runs_is_drawn_meanwhile_and_its_thread_waits_for_nothing(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:

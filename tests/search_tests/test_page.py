@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import Result
-from made_up import data_of, made_up_study
+from made_up import data_of, made_up_study, rerun_base
 from tiny import NAME, TinyStudy
 from typer.testing import CliRunner
 
@@ -133,3 +133,75 @@ def test_report_command_that_cannot_write_is_bad_input(study: TinyStudy, tmp_pat
 
     assert isinstance(done.exception, UserInputError)
     assert "cannot be written" in str(done.exception)
+
+
+# ---- several objectives ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory) -> TinyStudy:
+    """Trials 1, 2 and 3 are the front, trial 2 beats the base in both."""
+    folder = tmp_path_factory.mktemp("front")
+    recalls = {number: {"recall": recall} for number, recall in enumerate((0.4, 0.35, 0.45, 0.6, 0.2))}
+    fates = [(COMPLETE, value) for value in (0.4, 0.5, 0.41, 0.3, 0.2)]
+    options = {"objectives": ["fitness", "recall"], "pruner": None, "figures": recalls, "base_hyp": None}
+    return made_up_study(folder / "study", tmp_path_factory.getbasetemp(), fates, **options)
+
+
+def test_report_page_of_several_objectives_has_the_front_its_table_and_how_to_export_it(several: TinyStudy) -> None:
+    rerun_base(several, [{"fitness": 0.40, "recall": 0.40}, {"fitness": 0.41, "recall": 0.41}])
+    review = Review.of(data_of(several))
+
+    page = Page(report_page(review, None))
+
+    assert "3 of 5 complete trials are on the front of fitness and recall; in one run trial 2 beats" in page.text
+    assert "a front, unconfirmed" in page.text
+    assert list(json.loads(page.scripts["script:figures"])) == [
+        "plot-front",
+        "plot-classes",
+        "plot-history",
+        "plot-importance",
+        "plot-parallel",
+    ]
+    table = page.text[page.text.index("The trials of the front") : page.text.index("Each class against the base")]
+    assert "0 base 0.4000 0.4000" in table
+    assert "1 0.5000 +0.1000 0.3500 -0.0500" in table
+    assert "2 better in all 0.4100 +0.0100 0.4500 +0.0500" in table
+    assert "4 0.2000" not in table
+    assert "The best trials" not in page.text
+    assert "yolosearch export tiny --pareto all" in page.text
+    assert "yolosearch export tiny --pareto 2 -o hyp.pareto-2.yaml" in page.text
+    assert "python train.py --hyp hyp.pareto-2.yaml --data digits.yaml" in page.text
+    assert "What it took" in page.text
+    assert "The bars are one standard deviation of a run" in page.text
+    assert page.addresses == []
+
+
+def test_report_page_of_several_objectives_nothing_complete_says_so(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    options = {"objectives": ["fitness", "recall"], "pruner": None}
+    study = made_up_study(tmp_path / "empty", tmp_path_factory.getbasetemp(), [], **options)
+
+    page = Page(report_page(Review.of(data_of(study)), None))
+
+    assert "Nothing to say yet: 0 of 1 trials have ended" in page.text
+    assert "The trials of the front" not in page.text
+    assert "--pareto" not in page.text
+
+
+def test_report_command_of_several_objectives_tells_the_front(several: TinyStudy, tmp_path: Path) -> None:
+    done = report(several, tmp_path / "report.html")
+
+    told = json.loads(done.stdout)
+    assert told["standing"] == "front"
+    assert [(trial["number"], trial["is_base"]) for trial in told["front"]] == [(1, False), (2, False), (3, False)]
+    assert told["front"][0]["values"] == {"fitness": 0.5, "recall": 0.35}
+    assert told["verdict"] in Page((tmp_path / "report.html").read_text()).text
+
+
+def test_plot_page_says_what_its_noise_is(study: TinyStudy) -> None:
+    plots = {plot.key: plot for plot in Review.of(data_of(study, noise=0.01)).plots}
+
+    assert plots["history"].noise in Page(plot_page(plots["history"], NAME)).text
+    assert "± 0.028" in plots["history"].noise

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from made_up import data_of, made_up_study
+from made_up import data_of, made_up_study, rerun_base
 from tiny import TinyStudy
 
 from search.ledger import TicketState
@@ -107,3 +107,100 @@ def test_findings_cost_counts_epochs_and_what_pruning_spared(make: Make) -> None
     assert (cost.slot_epochs, cost.search_epochs, cost.unpruned_epochs) == (7, 6, 8)
     assert cost.device_seconds == pytest.approx(14.0)
     assert cost.saved == pytest.approx(0.25)
+
+
+# ---- several objectives ----------------------------------------------------------------------------------------------
+
+TWO = {"objectives": ["fitness", "recall"], "pruner": None}
+BASE_AND_FOUR = ((COMPLETE, 0.40), (COMPLETE, 0.50), (COMPLETE, 0.41), (COMPLETE, 0.30), (COMPLETE, 0.39))
+RECALLS = {number: {"recall": recall} for number, recall in enumerate((0.40, 0.35, 0.45, 0.60, 0.38))}
+
+
+def test_findings_front_names_its_size_and_which_beat_the_base_in_all(make: Make) -> None:
+    data = data_of(make(*BASE_AND_FOUR, figures=RECALLS, **TWO))
+
+    found = findings(data)
+
+    assert (data.best, found.standing, found.gain, found.moves) == (None, "front", None, ())
+    assert [trial.number for trial in found.front] == [1, 2, 3]
+    assert [trial.beats_base for trial in found.front] == [False, True, False]
+    assert found.front[1].gains == pytest.approx({"fitness": 0.01, "recall": 0.05})
+    assert found.verdict == (
+        "3 of 5 complete trials are on the front of fitness and recall; in one run trial 2 beats the defaults in both."
+    )
+    assert "How far equal runs are apart was not measured" in found.advice
+
+
+@pytest.mark.parametrize(
+    ("spread", "words"),
+    [
+        (0.001, ", by more than the noise of two runs in each."),
+        (0.01, ", by no more than the noise of two runs in each."),
+    ],
+)
+def test_findings_front_with_noise_says_whether_a_gain_is_clear(make: Make, spread: float, words: str) -> None:
+    study = make(*BASE_AND_FOUR, figures=RECALLS, **TWO)
+    rerun_base(study, [{"fitness": 0.40, "recall": 0.40}, {"fitness": 0.40 + spread, "recall": 0.40 + spread}])
+    data = data_of(study)
+
+    found = findings(data)
+
+    assert data.objective_noise == pytest.approx(dict.fromkeys(("fitness", "recall"), spread / 2**0.5))
+    assert found.verdict.endswith(f"trial 2 beats the defaults in both{words}")
+    assert found.front[1].is_clear == (spread == 0.001)
+    assert "not measured" not in found.advice
+
+
+def test_findings_front_with_the_base_on_it_says_that_nothing_beats_it(make: Make) -> None:
+    recalls = {0: {"recall": 0.7}, 1: {"recall": 0.5}}
+
+    found = findings(data_of(make((COMPLETE, 0.4), (COMPLETE, 0.5), figures=recalls, **TWO)))
+
+    assert found.verdict == (
+        "2 of 2 complete trials are on the front of fitness and recall, the defaults among them: no trial beats them "
+        "in both."
+    )
+
+
+def test_findings_front_where_somebody_equals_the_base_in_one_beats_it_in_no_more(make: Make) -> None:
+    recalls = {0: {"recall": 0.5}, 1: {"recall": 0.5}}
+
+    found = findings(data_of(make((COMPLETE, 0.4), (COMPLETE, 0.5), figures=recalls, **TWO)))
+
+    assert found.verdict == (
+        "1 of 2 complete trials is on the front of fitness and recall; none beats the defaults in both."
+    )
+
+
+def test_findings_front_without_a_base_has_nothing_to_compare_with(make: Make) -> None:
+    found = findings(data_of(make((FAIL, 0.1), (COMPLETE, 0.5), base_hyp={"mosaic": 0}, **TWO)))
+
+    assert found.verdict.endswith("; there is nothing to compare with: the base has no value.")
+    assert found.front[0].gains == {}
+
+
+def test_findings_several_objectives_nothing_complete_is_open(make: Make) -> None:
+    found = findings(data_of(make(waiting=2, **TWO)))
+
+    assert found.standing == "open"
+    assert found.verdict == "Nothing to say yet: 0 of 2 trials have ended, none is complete."
+    assert found.advice == "The study is not over: 2 trials are open."
+
+
+def test_base_reruns_of_other_lengths_and_candidates_are_left_out(make: Make) -> None:
+    from search.confirm import add_confirmation
+    from search.ledger import CONFIRM
+
+    study = make((COMPLETE, 0.4), (COMPLETE, 0.5))
+    rerun_base(study, [{"fitness": 0.40}, {"fitness": 0.41}])
+    for epochs in (4, 8):
+        add_confirmation(study.ledger, study.config, top=1, seeds=3, epochs=epochs)
+        for ticket in study.ledger.claim("tiny", "here", 100, 60.0, kind=CONFIRM):
+            study.ledger.record_epoch(ticket, epochs - 1, 0.43, {"fitness": 0.43})
+            study.ledger.finish(ticket, COMPLETE, 0.43, None, epochs - 1)
+
+    data = data_of(study)
+
+    # Two seeds of the noise, and the third one, which only the confirmation has.
+    assert [ticket.kind for ticket in data.base_reruns] == ["noise", "noise", "confirm"]
+    assert [ticket.value for ticket in data.base_reruns] == [0.40, 0.41, 0.43]
