@@ -16,13 +16,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from search.config import StudyConfig, load_study_config, parse_study
 from search.database import check_study_name, mask_url, resolve_storage_url
 from search.errors import SearchError, StudyStoppedError, UserInputError
 from search.ledger import CONFIRM, KINDS, NOISE, SEARCH, Ledger, StopKind, Ticket, TicketState
-from search.paths import StudyFolder, default_runs_dir
+from search.paths import ExportFormat, StudyFolder, default_runs_dir
 from search.report import StudyRows, StudyStatus, headline, study_status
 from search.snapshot import Snapshot, take_snapshot
 from search.transforms import shown_params
@@ -286,8 +286,15 @@ class Study:
         return take_snapshot(StudyRows.read(self.ledger, self.name), self.config)
 
     @property
+    def front(self) -> tuple[BestTrial, ...]:
+        """The Pareto front of several objectives, by the first one. Raises UserInputError where there is none."""
+        from search.export import front_trials
+
+        return front_trials(self.ledger, self.config)
+
+    @property
     def best(self) -> BestTrial:
-        """The trial that `export` writes. Raises UserInputError as long as none is complete."""
+        """The trial that `export` writes. Raises UserInputError where there is none, as of several objectives."""
         from search.export import best_trial
 
         return best_trial(self.ledger, self.config)
@@ -347,7 +354,8 @@ class Study:
         """One of the report's plots.
 
         Args:
-            key: history, importance, classes, confirmation, curves, slice, parallel, contour or front.
+            key: history, importance, classes, confirmation, curves, slice, parallel, contour or precision_recall; of
+                several objectives front, classes, history, importance or parallel.
 
         Raises:
             NoPlotError: It cannot be drawn of what the study has so far.
@@ -357,11 +365,17 @@ class Study:
 
         plots = {plot.key: plot for plot in self.review().plots}
         if key not in plots:
-            raise UserInputError(f"plot: got {key!r}; allowed: {', '.join(plots)}")
+            count = len(self.config.all_objectives)
+            of = "one objective" if count == 1 else f"{count} objectives"
+            raise UserInputError(f"plot: got {key!r} for a study of {of}; allowed: {', '.join(plots)}")
         figure = plots[key].figure
         if figure is None:
             raise NoPlotError(f"{plots[key].title}: {plots[key].missing}")
         return figure
+
+    def plot_front(self) -> go.Figure:
+        """Of several objectives: the complete trials by them, the Pareto front, the base."""
+        return self.plot("front")
 
     def plot_history(self) -> go.Figure:
         """Every trial's value in order, the best so far, the base."""
@@ -372,8 +386,12 @@ class Study:
         return self.plot("importance")
 
     def plot_classes(self) -> go.Figure:
-        """AP of each class, best trial against base."""
+        """AP of each class, best trial (or those of the front) against base."""
         return self.plot("classes")
+
+    def plot_confirmation(self) -> go.Figure:
+        """The candidates' gains over the base on paired seeds, with their intervals."""
+        return self.plot("confirmation")
 
     def plot_curves(self) -> go.Figure:
         """The value of every trial after each evaluated epoch."""
@@ -391,6 +409,10 @@ class Study:
         """The value over the two keys that mattered most."""
         return self.plot("contour")
 
+    def plot_precision_recall(self) -> go.Figure:
+        """Precision against recall of the complete trials."""
+        return self.plot("precision_recall")
+
     def class_names(self, data: str | Path | None = None) -> tuple[str, ...]:
         """The data set's class names; none where it is not on this host."""
         from search.worker.session import data_yaml
@@ -403,19 +425,66 @@ class Study:
         except (InputError, SearchError, OSError):
             return ()
 
-    def export(self, path: str | Path | None = None) -> Path:
-        """Writes the best trial's hyp as YAML for YOLOv5's `train.py --hyp`.
+    @overload
+    def export(
+        self,
+        path: str | Path | None = None,
+        *,
+        trial: int | None = None,
+        format: str = "yolov5",
+        pareto: int | None = None,
+        weights: str | Path | None = None,
+        checkpoints: str | Path | None = None,
+    ) -> Path: ...
+
+    @overload
+    def export(self, path: str | Path | None = None, *, pareto: Literal["all"]) -> dict[int, Path]: ...
+
+    def export(
+        self,
+        path: str | Path | None = None,
+        *,
+        trial: int | None = None,
+        format: str = "yolov5",
+        pareto: int | Literal["all"] | None = None,
+        weights: str | Path | None = None,
+        checkpoints: str | Path | None = None,
+    ) -> Path | dict[int, Path]:
+        """Writes a hyp file: the confirmed winner's, or the best trial's, as YAML for YOLOv5's `train.py --hyp`.
 
         Args:
-            path: By default `hyp.best.yaml` in the study's folder.
+            path: By default `hyp.best.yaml` in the study's folder; for the whole front a folder.
+            trial: This one's, whatever was confirmed.
+            format: `yolov5`, `ultralytics` or `json`.
+            pareto: Of several objectives: the number of a trial of the front, or `all`.
+            weights: Where to write that trial's trained weights as well (.safetensors, or .pt).
+            checkpoints: Folder or URL where its workers kept them; by default the runs folder.
 
         Returns:
-            The file.
-        """
-        from search.export import best_trial, export_best
+            The file; of the whole front each one's by the trial's number.
 
-        target = self.folder.best_hyp if path is None else Path(path)
-        return export_best(best_trial(self.ledger, self.config), target)
+        Raises:
+            UserInputError: There is nothing to export yet, or not that.
+        """
+        from search.formats import ExportRequest, export_trials
+
+        asked = ExportRequest(
+            path=None if path is None else Path(path),
+            trial=trial,
+            form=_export_format(format),
+            pareto=None if pareto is None else str(pareto),
+            weights=None if weights is None else Path(weights),
+        )
+        written = export_trials(self.ledger, self.config, self.folder, asked, checkpoints or self.runs_dir)
+        return {one.best.trial_number: one.path for one in written} if pareto == "all" else written[0].path
+
+
+def _export_format(name: str) -> ExportFormat:
+    try:
+        return ExportFormat(name)
+    except ValueError:
+        allowed = ", ".join(form.value for form in ExportFormat)
+        raise UserInputError(f"format: got {name!r}; allowed: {allowed}") from None
 
 
 def write_report(study: Study, review: Review, path: Path) -> Path:

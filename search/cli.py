@@ -9,10 +9,11 @@ import importlib.metadata
 import logging
 import sys
 import traceback
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.logging import RichHandler
@@ -31,6 +32,7 @@ from search import (
     cli_studies,
     cli_watch,
 )
+from search.api import Study
 from search.cli_common import (
     AsJson,
     Checkpoints,
@@ -40,8 +42,6 @@ from search.cli_common import (
     StudyFile,
     StudyName,
     err,
-    export_front,
-    export_hyp,
     more_trials,
     open_study,
     out,
@@ -52,15 +52,17 @@ from search.cli_common import (
     print_plan,
     read_study,
     runs_folder,
+    study_name,
 )
-from search.config import StudyConfig
-from search.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, SearchError, UserInputError
+from search.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, SearchError
 from search.launch.mlflow_ui import DEFAULT_HOST, MlflowUi
-from search.ledger import Ledger
 from search.paths import ExportFormat
 from search.report import StudyRows, epochs_enough, status_view, sum_up, trials_table
 from search.tracking import default_tracking_uri, mask_secrets, open_tracker
 from yolocore.errors import InputError, YolocoreError
+
+if TYPE_CHECKING:
+    from search.formats import Exported, ExportRequest
 
 PANELS = {
     "Begin": ("init", "data", "check", "doctor", "schema", "import"),
@@ -264,59 +266,33 @@ def export(
 
     Example: yolosearch export quickstart -o hyp.yaml --weights best.safetensors
     """
-    from search.export import export_weights
-    from search.weights import WeightsStore
+    from search.formats import ExportRequest, export_trials
 
-    ledger, config, _ = read_study(study, storage, runs_dir)
-    if pareto is not None:
-        _export_front(ledger, config, pareto, output, weights, checkpoints, runs_dir, form, as_json)
-        return
-    exported = export_hyp(ledger, config, output, runs_dir, trial, form)
-    if weights is not None:
-        store = WeightsStore.open(checkpoints or runs_folder(runs_dir), config.name)
-        export_weights(ledger, config, store, weights, exported.best.ticket)
+    opened = Study.open(study_name(study), storage=storage, runs_dir=runs_dir)
+    asked = ExportRequest(path=output, trial=trial, form=form, pareto=pareto, weights=weights)
+    written = export_trials(opened.ledger, opened.config, opened.folder, asked, checkpoints or opened.runs_dir)
     if as_json:
-        best = {"study": config.name, "path": str(exported.path), "trial": exported.best.trial_number}
-        print_json({**best, "verdict": exported.best.verdict, **({} if weights is None else {"weights": str(weights)})})
+        print_json(_exported_json(opened.name, asked, written))
         return
-    if exported.best.verdict is not None:
-        print_line(exported.best.verdict)
-    print_line(f"best hyp: {exported.path}")
+    for one in written:
+        if one.best.verdict is not None:
+            print_line(one.best.verdict)
+        what = "best hyp" if pareto is None else f"hyp of trial {one.best.trial_number}"
+        print_line(f"{what}: {one.path}")
     if weights is not None:
         print_line(f"its weights: {weights}")
+
+
+def _exported_json(study: str, asked: ExportRequest, written: Sequence[Exported]) -> dict[str, object]:
+    if asked.pareto is not None:
+        told: dict[str, object] = {"paths": {str(one.best.trial_number): str(one.path) for one in written}}
+    else:
+        (one,) = written
+        told = {"path": str(one.path), "trial": one.best.trial_number, "verdict": one.best.verdict}
+    return {"study": study, **told, **({} if asked.weights is None else {"weights": str(asked.weights)})}
 
 
 app.add_typer(cli_dashboard.app)
-
-
-def _export_front(
-    ledger: Ledger,
-    config: StudyConfig,
-    which: str,
-    output: Path | None,
-    weights: Path | None,
-    checkpoints: str | None,
-    runs_dir: Path | None,
-    form: ExportFormat,
-    as_json: bool,
-) -> None:
-    from search.export import export_weights
-    from search.weights import WeightsStore
-
-    if which == "all" and weights is not None:
-        raise UserInputError("--weights: got a file with --pareto all; allowed: with --pareto N")
-    front = export_front(ledger, config, which, output, runs_dir, form)
-    if weights is not None:
-        store = WeightsStore.open(checkpoints or runs_folder(runs_dir), config.name)
-        export_weights(ledger, config, store, weights, next(iter(front.values())).best.ticket)
-    if as_json:
-        paths = {str(number): str(exported.path) for number, exported in front.items()}
-        print_json({"study": config.name, "paths": paths, **({} if weights is None else {"weights": str(weights)})})
-        return
-    for number, exported in front.items():
-        print_line(f"hyp of trial {number}: {exported.path}")
-    if weights is not None:
-        print_line(f"its weights: {weights}")
 
 
 @app.command()

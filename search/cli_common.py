@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,13 +15,12 @@ from search.config import StudyConfig, load_study_config
 from search.database import check_study_name, resolve_storage_url
 from search.errors import UserInputError
 from search.ledger import Ledger
-from search.paths import ExportFormat, StudyFolder, default_runs_dir
+from search.paths import default_runs_dir
 from search.report import StudyStatus, study_status
 from search.tracking import mask_secrets
 from search.worker.existing import open_existing, refuse_shared_database
 
 if TYPE_CHECKING:
-    from search.export import BestTrial
     from search.launch.prepare import StudyPlan
 
 # What is printed holds names and paths of the user's: "[/x]" is no markup in them, and ":cat:" no picture.
@@ -121,71 +119,6 @@ def more_trials(text: str | None) -> int:
             f"--trials: got {text!r}; allowed: +N, for example +20 (the total stands in the study file)"
         )
     return int(text)
-
-
-@dataclass(frozen=True, slots=True)
-class Exported:
-    """A hyp file that was written."""
-
-    path: Path
-    best: BestTrial
-
-
-def export_hyp(
-    ledger: Ledger,
-    config: StudyConfig,
-    path: Path | None,
-    runs_dir: Path | None,
-    trial: int | None = None,
-    form: ExportFormat = ExportFormat.YOLOV5,
-) -> Exported:
-    """Writes the hyp of the confirmed winner, of the best trial, or of the one that is named; by default beside it."""
-    from search.export import best_trial
-    from search.formats import export_as
-
-    target = path or StudyFolder(runs_folder(runs_dir), config.name).exported(form)
-    best = best_trial(ledger, config, trial)
-    return Exported(export_as(best, target, form), best)
-
-
-def export_front(
-    ledger: Ledger,
-    config: StudyConfig,
-    which: str,
-    output: Path | None,
-    runs_dir: Path | None,
-    form: ExportFormat = ExportFormat.YOLOV5,
-) -> dict[int, Exported]:
-    """Writes the hyps of the Pareto front, by default into the study's folder.
-
-    Args:
-        ledger: The ledger in the study's database.
-        config: The study.
-        which: `all`, or a trial's number.
-        output: The file for one trial, a folder for all.
-        runs_dir: Where everything is written.
-        form: Of the files.
-
-    Returns:
-        What was written, by the trial's number.
-
-    Raises:
-        UserInputError: One objective only, or a trial that is not on the front.
-    """
-    from search.export import front_trials
-    from search.formats import export_as
-
-    if which != "all" and not which.isdecimal():
-        raise UserInputError(f"--pareto: got {which!r}; allowed: all, or the number of a trial of the front")
-    found = front_trials(ledger, config, None if which == "all" else int(which))
-    folder = StudyFolder(runs_folder(runs_dir), config.name)
-    written = {}
-    for best in found:
-        target = folder.pareto_hyp(best.trial_number, form)
-        if output is not None:
-            target = output / target.name if which == "all" else output
-        written[best.trial_number] = Exported(export_as(best, target, form), best)
-    return written
 
 
 def print_plan(plan: StudyPlan) -> None:

@@ -28,8 +28,6 @@ from search.cli_common import (
     StudyFile,
     StudyName,
     err,
-    export_front,
-    export_hyp,
     is_study_file,
     more_trials,
     out,
@@ -65,6 +63,8 @@ from search.worker.lease import DEFAULT_LEASE_SECONDS
 from yolocore.errors import InputError
 
 if TYPE_CHECKING:
+    from search.formats import Exported
+
     pass
 
 Hang = Annotated[
@@ -367,12 +367,13 @@ def _ignore_sigterm() -> None:
 
 def _print_outcome(job: Job, as_json: bool, *, every_trial: bool) -> None:
     """The end: tables, the exported hyp and what to do next."""
+    from search.formats import ALL, ExportRequest, export_trials
+
     status = study_status(job.ledger, job.config)
-    exported, front = None, {}
-    if status.over and status.best:
-        exported = export_hyp(job.ledger, job.config, job.folder.best_hyp, job.folder.runs_dir)
-    elif status.over and status.front:
-        front = export_front(job.ledger, job.config, "all", None, job.folder.runs_dir)
+    written: tuple[Exported, ...] = ()
+    if status.over and (status.best or status.front):
+        asked = ExportRequest(pareto=ALL if status.front else None)
+        written = export_trials(job.ledger, job.config, job.folder, asked, job.folder.runs_dir)
     if as_json:
         print_json(status.to_json())
         return
@@ -380,19 +381,19 @@ def _print_outcome(job: Job, as_json: bool, *, every_trial: bool) -> None:
         out.print(trials_table(status))
     if status.stop_kind is not None:
         print_line(f"stopped: {status.stop_reason}; `{_command()} run {job.file or 'STUDY.yaml'}` takes it up again")
-    if front:
+    if status.front and written:
         out.print(front_table(status))
-        for number, one in front.items():
-            print_line(f"hyp of trial {number}: {one.path}")
+        for one in written:
+            print_line(f"hyp of trial {one.best.trial_number}: {one.path}")
         return
-    if exported is None:
+    if not written:
         why = "no trial is complete" if status.over else "the same command goes on with the trials that wait"
         print_line(f"{headline(status)} | nothing exported: {why}")
         return
     _print_comparison(job.config, status)
-    if exported.best.verdict is not None:
-        print_line(exported.best.verdict)
-    _print_next_steps(job, exported.path)
+    if written[0].best.verdict is not None:
+        print_line(written[0].best.verdict)
+    _print_next_steps(job, written[0].path)
 
 
 def _print_comparison(config: StudyConfig, status: StudyStatus) -> None:

@@ -8,20 +8,109 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from search.config import StudyConfig
 from search.errors import UserInputError
-from search.export import BestTrial, export_best, export_text, header, standing, written_by
+from search.export import (
+    BestTrial,
+    best_trial,
+    export_best,
+    export_text,
+    export_weights,
+    front_trials,
+    header,
+    standing,
+    written_by,
+)
 from search.importers import NOT_ULTRALYTICS, ULTRALYTICS_KEYS
-from search.paths import ExportFormat
+from search.ledger import Ledger
+from search.paths import ExportFormat, StudyFolder
+from search.weights import WeightsStore
 from yolocore.hyperparameters import HYPERPARAMETER_KEYS
 
 JSON_VERSION = 1
 """Of the JSON's layout: raised when a key changes its meaning or goes away."""
+
+
+ALL = "all"
+"""In place of a trial's number: the whole front."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportRequest:
+    """What is to be written, as `yolosearch export` takes it."""
+
+    path: Path | None = None
+    """The file, a folder for the whole front; None for the names in the study's folder."""
+    trial: int | None = None
+    """This one, whatever was confirmed."""
+    form: ExportFormat = ExportFormat.YOLOV5
+    pareto: str | None = None
+    """Of several objectives: a trial of the front by its number, or `all`."""
+    weights: Path | None = None
+    """Where its trained weights are to be written as well."""
+
+    def check(self) -> None:
+        """Raises UserInputError for what cannot be had together."""
+        if self.pareto is None:
+            return
+        if self.pareto != ALL and not self.pareto.isdecimal():
+            raise UserInputError(f"--pareto: got {self.pareto!r}; allowed: all, or the number of a trial of the front")
+        if self.trial is not None:
+            raise UserInputError(f"--trial: got {self.trial} with --pareto; allowed: one of the two")
+        if self.weights is not None and self.pareto == ALL:
+            raise UserInputError("--weights: got a file with --pareto all; allowed: with --pareto N")
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """A hyp file that was written."""
+
+    path: Path
+    best: BestTrial
+
+
+def export_trials(
+    ledger: Ledger, config: StudyConfig, folder: StudyFolder, asked: ExportRequest, checkpoints: str | Path
+) -> tuple[Exported, ...]:
+    """Writes the recommended trial, the one that is named, or those of the front.
+
+    Args:
+        ledger: The ledger in the study's database.
+        config: The study.
+        folder: Where files go by default.
+        asked: What to write.
+        checkpoints: Folder or URL of the trained weights.
+
+    Returns:
+        What was written: one file, except for the whole front.
+
+    Raises:
+        UserInputError: It does not exist, cannot be had, or cannot be written.
+        SearchError: What was read back differs.
+    """
+    asked.check()
+    if asked.pareto is None:
+        found: tuple[BestTrial, ...] = (best_trial(ledger, config, asked.trial),)
+    else:
+        found = front_trials(ledger, config, None if asked.pareto == ALL else int(asked.pareto))
+    written = tuple(Exported(export_as(one, _target(one, folder, asked), asked.form), one) for one in found)
+    if asked.weights is not None:
+        store = WeightsStore.open(checkpoints, config.name)
+        export_weights(ledger, config, store, asked.weights, written[0].best.ticket)
+    return written
+
+
+def _target(best: BestTrial, folder: StudyFolder, asked: ExportRequest) -> Path:
+    default = folder.exported(asked.form) if asked.pareto is None else folder.pareto_hyp(best.trial_number, asked.form)
+    if asked.path is None:
+        return default
+    return asked.path / default.name if asked.pareto == ALL else asked.path
 
 
 def export_as(best: BestTrial, path: Path, form: ExportFormat) -> Path:

@@ -1,5 +1,6 @@
 """The package as notebooks use it."""
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from ledger_rows import NAME, claim, complete, make_ledger, report, study_config
+from made_up import made_up_study
 from tiny import make_study
 
 from search import Study
@@ -98,6 +100,48 @@ def test_best_and_export_are_of_the_same_trial(study: Study, tmp_path: Path) -> 
     assert (study.best.trial_number, study.best.value) == (1, 0.4)
     assert Hyperparameters.from_yaml(path) == study.best.hyperparameters
     assert study.export() == study.runs_dir / NAME / "hyp.best.yaml"
+
+
+def test_export_takes_what_the_command_takes(study: Study, tmp_path: Path) -> None:
+    assert study.export(trial=0) == study.runs_dir / NAME / "hyp.best.yaml"
+    assert "chosen by hand" in (study.runs_dir / NAME / "hyp.best.yaml").read_text()
+    path = study.export(tmp_path / "best.json", format="json")
+    assert json.loads(path.read_text())["trial"] == 1
+    with pytest.raises(UserInputError, match=r"format: got 'yolov8'; allowed: yolov5, ultralytics, json"):
+        study.export(format="yolov8")
+    with pytest.raises(UserInputError, match=r"--pareto: it has one objective \(fitness\)"):
+        study.export(pareto=1)
+    with pytest.raises(UserInputError, match="no weights of trial 1 are in"):
+        study.export(weights=tmp_path / "best.safetensors")
+
+
+def test_plots_of_one_objective_have_no_front(study: Study) -> None:
+    with pytest.raises(UserInputError, match=r"plot: got 'front' for a study of one objective; allowed: history"):
+        study.plot_front()
+    with pytest.raises(SearchError, match="nothing was confirmed yet"):
+        study.plot_confirmation()
+
+
+def test_study_of_several_objectives_has_a_front_a_report_and_exports(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    recalls = {number: {"recall": recall} for number, recall in enumerate((0.4, 0.35, 0.45))}
+    fates = [(TicketState.COMPLETE, value) for value in (0.40, 0.50, 0.41)]
+    options = {"objectives": ["fitness", "recall"], "pruner": None, "figures": recalls}
+    made = made_up_study(tmp_path / "study", tmp_path_factory.getbasetemp(), fates, **options)
+    study = Study.open(made.config.name, runs_dir=made.runs)
+
+    assert [trial.trial_number for trial in study.front] == [1, 2]
+    assert [trace.name for trace in study.plot_front().data][-1] == "front"
+    assert "2 of 3 complete trials are on the front" in study.report().read_text()
+    paths = study.export(pareto="all")
+    assert paths == {number: study.folder.pareto_hyp(number) for number in (1, 2)}
+    assert study.export(tmp_path / "two.yaml", pareto=2) == tmp_path / "two.yaml"
+    assert Hyperparameters.from_yaml(paths[2]) == Hyperparameters.from_yaml(tmp_path / "two.yaml")
+    with pytest.raises(UserInputError, match="so no trial is the best"):
+        study.export()
+    with pytest.raises(UserInputError, match=r"allowed: front, classes, history, importance, parallel"):
+        study.plot_curves()
 
 
 def test_best_without_a_complete_trial_says_so(tmp_path: Path) -> None:

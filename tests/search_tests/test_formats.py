@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -10,7 +11,7 @@ from test_export import BEST
 
 from search.errors import UserInputError
 from search.export import RerunGain
-from search.formats import export_as, to_document
+from search.formats import ExportRequest, export_as, to_document
 from search.importers import NOT_ULTRALYTICS, ULTRALYTICS_KEYS, read_candidates
 from search.paths import ExportFormat
 from yolocore.hyperparameters import HYPERPARAMETER_KEYS, PER_CLASS_KEY, Hyperparameters
@@ -126,3 +127,22 @@ def test_export_as_json_names_the_level_of_the_intervals_and_the_looks() -> None
 
     assert (found["reruns"][0]["confidence"], found["reruns"][0]["looks"]) == (0.96, 0)
     assert found["looks"] == "seeds were added once after a look"
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"pareto": "first"}, "--pareto: got 'first'; allowed: all, or the number of a trial of the front"),
+        ({"pareto": "3", "trial": 2}, "--trial: got 2 with --pareto; allowed: one of the two"),
+        (
+            {"pareto": "all", "weights": Path("w.pt")},
+            "--weights: got a file with --pareto all; allowed: with --pareto N",
+        ),
+    ],
+    ids=["word", "trial", "weights"],
+)
+def test_export_request_what_cannot_be_had_together_is_refused(asked: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserInputError) as caught:
+        ExportRequest(**asked).check()
+
+    assert str(caught.value) == message
