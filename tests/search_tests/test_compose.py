@@ -178,7 +178,18 @@ def test_compose_decoded_images_are_kept_in_a_volume_not_in_memory(services: dic
     kept = Path(worker["environment"]["YOLOSEARCH_CACHE_DIR"])
     targets = [volume["target"] if isinstance(volume, dict) else volume.split(":")[-1] for volume in worker["volumes"]]
     assert any(kept.is_relative_to(target) for target in targets)
-    assert not any(kept.is_relative_to(folder) for folder in worker["tmpfs"])
+    assert not any(kept.is_relative_to(mount.split(":")[0]) for mount in worker["tmpfs"])
+
+
+@pytest.mark.parametrize(
+    ("service", "image"),
+    [*((name, "worker") for name in ("init", *WORKERS)), ("mlflow", "mlflow"), ("dashboard", "dashboard")],
+)
+def test_compose_home_in_memory_belongs_to_the_images_user(services: dict[str, Any], service: str, image: str) -> None:
+    dockerfile = (ROOT / "docker" / f"Dockerfile.{image}").read_text("utf-8")
+    user, group = re.findall(r"(?m)^USER (\d+):(\d+)$", dockerfile)[-1]
+    (home,) = (mount for mount in services[service]["tmpfs"] if mount.startswith("/home/"))
+    assert home.split(":")[1] == f"uid={user},gid={group}"
 
 
 def test_compose_mlflow_answers_to_its_service_name(services: dict[str, Any]) -> None:

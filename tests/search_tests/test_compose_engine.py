@@ -146,6 +146,11 @@ def test_compose_worker_cut_off_beyond_its_lease_loses_nothing(composition: Comp
     assert _finished_runs() == TRIALS
 
 
+def test_compose_homes_are_writable_for_their_users(composition: Composition) -> None:
+    composition.compose("run", "--rm", "--no-deps", "-T", "--entrypoint", "touch", "init", "/home/yolosearch/written")
+    composition.compose("exec", "-T", "mlflow", "touch", "/home/mlflow/written")
+
+
 def _finished_runs() -> int:
     """Trials that MLflow, asked by its service's published port, shows as FINISHED."""
     base = f"http://127.0.0.1:{PORT}/api/2.0/mlflow"
