@@ -356,7 +356,7 @@ def pace(stored: list[float], stopped: float, seconds: float) -> str:
 def test_mlflow_away_and_workers_killed_a_later_process_sends_everything(make: Callable[..., TinyStudy]) -> None:
     study = make(created=False)
     server = start_server(study)
-    study.write(trials=2, train={"epochs": 12}, tracking={"enabled": True, "uri": server.address})
+    study.write(trials=2, train={"epochs": 12}, tracking={"enabled": True, "uri": server.address, "review": False})
     study.create()
     ledger = study.ledger
     first = study.start("worker", "--worker-id", "first")

@@ -82,24 +82,24 @@ class AfterFailure(threading.Thread):
         self.join()
 
 
-@pytest.mark.parametrize("how", ["full", "read-only"])
-@pytest.mark.parametrize("place", ["checkpoints", "runs"])
-def test_disk_that_takes_nothing_fails_the_trial_with_its_reason_and_not_the_study(
-    tmp_path: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-    monkeypatch: pytest.MonkeyPatch,
-    place: str,
-    how: str,
-) -> None:
+@pytest.fixture
+def study(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> TinyStudy:
+    """With its database beside the runs folder, so that either disk can be full."""
     for name in ("MLFLOW_TRACKING_URI", "YOLOSEARCH_STORAGE_URL"):
         monkeypatch.delenv(name, raising=False)
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     torch.set_num_threads(1)
     url = f"sqlite:///{tmp_path / 'study.db'}"
-    study = make_study(tmp_path / "study", tmp_path_factory.getbasetemp(), url, train={"pack": 1})
+    return make_study(tmp_path / "study", tmp_path_factory.getbasetemp(), url, train={"pack": 1})
+
+
+@pytest.mark.parametrize("how", ["full", "read-only"])
+def test_disk_of_the_checkpoints_that_takes_nothing_fails_the_trial_with_its_reason_and_not_the_study(
+    study: TinyStudy, tmp_path: Path, how: str
+) -> None:
     elsewhere = tmp_path / "elsewhere"
-    with mounted(study.runs if place == "runs" else elsewhere) as disk:
+    with mounted(elsewhere) as disk:
         study.create()
         options = {"checkpoints": str(elsewhere)}
         (disk.fill if how == "full" else disk.protect)()
@@ -110,7 +110,7 @@ def test_disk_that_takes_nothing_fails_the_trial_with_its_reason_and_not_the_stu
         assert watch.mended
         assert study.states() == [FAIL, COMPLETE, COMPLETE]
         failed = study.tickets()[0]
-        print(f"{place} {how}: {failed.reason}")
+        print(f"{how}: {failed.reason}")
         assert ("No space left on device" if how == "full" else "Read-only file system") in (failed.reason or "")
         assert str(disk.path) in (failed.reason or "")
         assert (failed.attempt, failed.history) == (1, ())
@@ -118,3 +118,15 @@ def test_disk_that_takes_nothing_fails_the_trial_with_its_reason_and_not_the_stu
         study.work("again", **options)
         assert study.states() == [FAIL, COMPLETE, COMPLETE, COMPLETE]
         assert len(study.ledger.reports(study.tickets()[3].id)) == 2
+
+
+@pytest.mark.parametrize("how", ["full", "read-only"])
+def test_disk_of_the_runs_that_takes_nothing_costs_no_trial_whose_files_are_elsewhere(
+    study: TinyStudy, tmp_path: Path, how: str
+) -> None:
+    with mounted(study.runs) as disk:
+        study.create()
+        (disk.fill if how == "full" else disk.protect)()
+        study.work("here", checkpoints=str(tmp_path / "elsewhere"))
+        assert study.states() == [COMPLETE] * 3
+        assert [len(study.ledger.reports(ticket.id)) for ticket in study.tickets()] == [2, 2, 2]

@@ -350,7 +350,8 @@ def test_an_actor_then_a_node_killed_the_study_ends_exactly(make: Callable[..., 
 
     print(f"restarts {restarts}, attempts {[ticket.attempt for ticket in study.tickets()]}")
     assert lost
-    assert sum(restarts) == 1 + len(lost)
+    # One more where Ray has put a new actor on the killed node before it knew of its end.
+    assert sum(restarts) in (1 + len(lost), 2 + len(lost))
     assert study.states() == [TicketState.COMPLETE] * 6
     assert_exact(study, 6, epochs=60)
 
