@@ -43,6 +43,9 @@ logger = logging.getLogger(__name__)
 FOCAL_LOW = 0.3
 """Of the range that `check` proposes for `fl_gamma` when it is on."""
 
+RANKING_PRUNERS = frozenset(("median", "asha", "hyperband"))
+"""Those that compare trials with each other."""
+
 STEPS_FROM_SCRATCH = 500
 STEPS_FROM_WEIGHTS = 100
 """Optimiser steps below which a trial has hardly left its start. Measured on small data sets; a rule of thumb."""
@@ -379,6 +382,7 @@ def _notices(config: StudyConfig, dataset: DatasetConfig, splits: dict[str, Spli
     if config.objectives:
         yield "objectives: of several nothing is pruned, no trial is the best: `status` shows the Pareto front"
     yield from _step_notices(config, len(splits["train"].images))
+    yield from _rung_notices(config, len(splits["train"].images))
     for split in splits.values():
         yield from split.problems[:5]
 
@@ -419,17 +423,35 @@ def _step_notices(config: StudyConfig, images: int) -> Iterator[str]:
 
 
 def _optimiser_steps(config: StudyConfig, images: int) -> int:
+    schedule = _schedule(config, images)
+    clock = Clock()
+    for iteration in range(schedule.epochs * schedule.batches_per_epoch):
+        clock, _ = clock.advance(schedule.at(iteration).accumulate)
+    return clock.updates
+
+
+def _rung_notices(config: StudyConfig, images: int) -> Iterator[str]:
+    """Says when a pruner ranks trials that still warm up (docs/performance.md, "Where a rung may stand")."""
+    if config.pruner.name not in RANKING_PRUNERS:
+        return
+    schedule, first = _schedule(config, images), getattr(config.pruner, "min_epochs", None) or 1
+    warm = math.ceil(schedule.warmup_iterations / schedule.batches_per_epoch)
+    if first < warm and 2 * warm < schedule.epochs:
+        yield (
+            f"pruner: its first decision is after {first} epochs, inside the warm-up, which takes {warm} here (never "
+            f"less than 100 iterations), where ranks say little about the end; `min_epochs: {2 * warm}` is surer"
+        )
+
+
+def _schedule(config: StudyConfig, images: int) -> Schedule:
+    """The base's schedule on so many images."""
     train = config.train
-    schedule = Schedule(
+    return Schedule(
         hyperparameters=config.base_hyperparameters(),
         epochs=train.epochs,
         batches_per_epoch=-(-images // min(train.batch_size, images)),
         batch_size=train.batch_size,
     )
-    clock = Clock()
-    for iteration in range(train.epochs * schedule.batches_per_epoch):
-        clock, _ = clock.advance(schedule.at(iteration).accumulate)
-    return clock.updates
 
 
 def create_or_resume(plan: StudyPlan, more_trials: int = 0) -> bool:

@@ -65,6 +65,10 @@ def test_plan_study_key_that_a_pack_shares_is_told(make: Callable[..., TinyStudy
             {"train": {"epochs": 9, "patience": 8}},
             "train.patience: a trial that ends early counts with its last epoch, 8",
         ),
+        (
+            {"train": {"epochs": 400}, "pruner": {"name": "median", "min_epochs": 2}},
+            "pruner: its first decision is after 2 epochs, inside the warm-up, which takes",
+        ),
     ],
 )
 def test_plan_study_settings_that_surprise_are_told(
