@@ -991,7 +991,10 @@ def test_initialise_upgrades_the_first_schema_and_keeps_its_rows(ledger: Ledger,
         connection.execute(sa.text("ALTER TABLE yolosearch_ticket DROP COLUMN objective_values"))
         connection.execute(sa.text("ALTER TABLE yolosearch_study DROP COLUMN stop_kind"))
         connection.execute(sa.text("UPDATE yolosearch_alembic_version SET version_num = '0001'"))
-    with pytest.raises(DatabaseError, match="ledger schema 0001 of an older yolosearch; `yolosearch run`"):
+    with pytest.raises(
+        DatabaseError,
+        match="ledger schema 0001 of an older yolosearch; `yolosearch create`, `run` or `worker` upgrades it",
+    ):
         ledger.check_schema()
     ledger.initialise()
     ledger.check_schema()

@@ -189,7 +189,8 @@ def test_run_worker_hours_that_are_over_end_it_well_and_a_resume_goes_on(make: C
 
 
 def test_stop_command_lets_running_trials_end_and_the_worker_ends_well(make: Callable[..., TinyStudy]) -> None:
-    study = make(tracked=True, trials=6, train={"epochs": 3})
+    # Long enough for the command to start while the first trials train, whatever the machine.
+    study = make(tracked=True, trials=6, train={"epochs": 60, "pack": 2, "eval_every": 10})
     run = study.start("run")
     wait_for(lambda: any(ticket.epochs_done >= 1 for ticket in study.tickets()), run)
 

@@ -41,7 +41,7 @@ from search.worker.mirror import Mirror
 from search.worker.records import MirrorContext
 from search.worker.session import WorkerOptions, run_worker
 from search.worker.stop import StopFlag
-from yolocore.checkpoint import load_weights, save_weights
+from yolocore.checkpoint import load_weights
 from yolocore.hyperparameters import Hyperparameters
 from yolocore.model import initial_state
 
@@ -527,19 +527,18 @@ def test_run_worker_non_finite_slot_fails_alone_with_its_reason_everywhere(make:
 
 def test_run_worker_failures_in_a_row_stop_the_study_until_it_is_told_to_go_on(make: Callable[..., TinyStudy]) -> None:
     study = make(trials=5)
-    weights = study.folder / "start.safetensors"
-    sound = initial_state("n", 2, 0)
-    save_weights(weights, {name: t * math.nan if name.endswith("conv.weight") else t for name, t in sound.items()})
-    study.write(trials=5, train={"weights": str(weights)}, max_failures_in_a_row=2)
+    study.write(trials=5, max_failures_in_a_row=2)
     study.create()
+    in_the_way = study.runs / NAME / "trials"
+    in_the_way.write_text("a file where the trials' folder should be")
 
-    with pytest.raises(StudyStoppedError, match=r"^study tiny stopped: 2 trials in a row failed: .*not finite"):
+    with pytest.raises(StudyStoppedError, match=r"^study tiny stopped: 2 trials in a row failed: .*cannot be written"):
         study.work("first")
     with pytest.raises(StudyStoppedError, match="2 trials in a row failed"):
         study.work("second")
     assert study.states() == [FAIL, FAIL, WAITING, WAITING, WAITING]
 
-    save_weights(weights, sound)
+    in_the_way.unlink()
     study.create()
     assert study.work("third") == 3
     assert study.states() == [FAIL, FAIL, COMPLETE, COMPLETE, COMPLETE]
