@@ -54,6 +54,7 @@ from search.cli_common import (
     runs_folder,
     study_name,
 )
+from search.confirm import latest_confirmation
 from search.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, SearchError
 from search.launch.mlflow_ui import DEFAULT_HOST, MlflowUi
 from search.paths import ExportFormat
@@ -205,17 +206,19 @@ app.add_typer(cli_watch.app)
 
 @app.command()
 def status(study: StudyName, storage: Storage = None, runs_dir: RunsDir = None, as_json: AsJson = False) -> None:
-    """How far a study is: counts, what runs now, best and base, when it is done, whether shorter trials would do.
+    """How far a study is: counts, what runs, best and base, what is confirmed, when it is done, if less would do.
 
     Example: yolosearch status quickstart
     """
     ledger, config = open_study(study, storage, runs_dir)
     rows = StudyRows.read(ledger, config.name)
     now, curves = sum_up(rows, config), epochs_enough(rows, config)
+    report = latest_confirmation(ledger, config)
+    verdict = None if report is None else report.verdict()
     if as_json:
-        print_json({**now.to_json(), "short_against_full": curves.to_json()})
+        print_json({**now.to_json(), "short_against_full": curves.to_json(), "confirmation": verdict})
     else:
-        out.print(status_view(now, curves, datetime.now().astimezone()))
+        out.print(status_view(now, curves, datetime.now().astimezone(), verdict))
 
 
 @app.command()

@@ -48,6 +48,8 @@ from search.report import StudyStatus, new_table
 from search.statistics import Comparison, Spread, detectable_gain
 from yolocore.text import one_line
 
+SMALLEST_P = 0.001
+"""Below it the digits say nothing that matters."""
 SPLIT_NAMES = {VALIDATION: "validation split", TEST: "test split"}
 
 app = typer.Typer()
@@ -270,7 +272,8 @@ def _cells(entry: Comparison) -> list[RenderableType]:
     # Short, so that the table fits 80 columns.
     shown = "none shown" if entry.verdict == "no difference shown" else entry.verdict
     verdict = Text(shown, style=styles.get(entry.verdict, "dim"))
-    return [entry.candidate, *numbers, f"{entry.p_value:.3f}", verdict]
+    p_value = f"{entry.p_value:.3f}" if entry.p_value >= SMALLEST_P else f"<{SMALLEST_P}"
+    return [entry.candidate, *numbers, p_value, verdict]
 
 
 def _label(measure: str, report: ConfirmReport, names: Sequence[str]) -> str:

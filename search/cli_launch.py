@@ -40,7 +40,7 @@ from search.cli_common import (
     study_name,
 )
 from search.cli_live import Screen, TrialScreen, WorkerScreen, look_after
-from search.config import StudyConfig
+from search.config import CONFIRM_TOP, RERUN_SEEDS, StudyConfig
 from search.database import resolve_storage_url
 from search.errors import EXIT_INTERRUPTED, StudyStoppedError, UserInputError
 from search.launch.launcher import Launcher
@@ -393,7 +393,9 @@ def _print_outcome(job: Job, as_json: bool, *, every_trial: bool) -> None:
     _print_comparison(job.config, status)
     if written[0].best.verdict is not None:
         print_line(written[0].best.verdict)
-    _print_next_steps(job, written[0].path)
+    best, base = written[0].best, status.base
+    is_base = base is not None and best.trial_number == base.number
+    _print_next_steps(job, written[0].path, is_confirmed=best.verdict is not None or is_base)
 
 
 def _print_comparison(config: StudyConfig, status: StudyStatus) -> None:
@@ -411,9 +413,11 @@ def _command() -> str:
     return "yolosearch" if shutil.which("yolosearch") else sys.argv[0]
 
 
-def _print_next_steps(job: Job, path: Path) -> None:
+def _print_next_steps(job: Job, path: Path, *, is_confirmed: bool) -> None:
+    really = f"really better?   {_command()} confirm {job.config.name} --top {CONFIRM_TOP} --seeds {RERUN_SEEDS}"
     lines = [
         f"best hyp:        {path}",
+        *([] if is_confirmed else [really]),
         f"train with it:   python train.py --hyp {path} ...   (in your YOLOv5 checkout)",
         f"look at it:      {_command()} ui {job.config.name}",
         f"go on searching: {_command()} run {job.file or 'STUDY.yaml'} --trials +20",

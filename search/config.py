@@ -649,6 +649,11 @@ def _with_base_inside(config: StudyConfig, left_open: frozenset[str]) -> StudyCo
     return config.model_copy(update={"space": widened(config.space, left_open, base)})
 
 
+def usual_first_rung(epochs: int, every: int = 1) -> int:
+    """A fifth of a trial's epochs, on the grid of those that are evaluated."""
+    return math.ceil(max(1, epochs / 5) / every) * every
+
+
 def _with_first_rung(config: StudyConfig, *, chosen: bool) -> StudyConfig:
     """Fill `pruner.min_epochs`: a fifth of the epochs, on the grid of evaluated epochs.
 
@@ -660,7 +665,7 @@ def _with_first_rung(config: StudyConfig, *, chosen: bool) -> StudyConfig:
         return config.model_copy(update={"pruner": NonePruner(name="none")})
     if isinstance(pruner, NonePruner):
         return config
-    first = pruner.min_epochs or math.ceil(max(1, config.train.epochs / 5) / every) * every
+    first = pruner.min_epochs or usual_first_rung(config.train.epochs, every)
     if not chosen and first >= config.train.epochs:
         return config.model_copy(update={"pruner": NonePruner(name="none")})
     changes: dict[str, Any] = {"min_epochs": first}

@@ -225,12 +225,16 @@ def epochs_enough(rows: StudyRows, config: StudyConfig) -> ShortAgainstFull:
     return curves_of(config, rows.tickets, rows.reports)
 
 
-def status_view(status: StudyStatus, curves: ShortAgainstFull, now: datetime) -> RenderableType:
-    """What `status` prints: the live view, when it will be done, and what the curves say."""
+def status_view(
+    status: StudyStatus, curves: ShortAgainstFull, now: datetime, confirmed: str | None = None
+) -> RenderableType:
+    """What `status` prints: the live view, the confirmation's verdict, when it will be done, what the curves say."""
     of = f" (by {status.objectives[0]})" if status.objectives else ""
     lines = [f"short against full{of}: {curves.line()}"] if curves.trials else []
     if status.fidelity is not None:
         lines.append(status.fidelity.line())
+    if confirmed is not None:
+        lines.insert(0, f"confirmation: {confirmed}")
     if status.eta_seconds is not None and status.stop_reason is None and not status.finished:
         done = datetime.fromtimestamp(now.timestamp() + status.eta_seconds, now.tzinfo)
         lines.insert(0, f"at this pace it is done {done:%a %Y-%m-%d %H:%M %Z}".rstrip())
@@ -239,13 +243,14 @@ def status_view(status: StudyStatus, curves: ShortAgainstFull, now: datetime) ->
 
 
 def live_view(status: StudyStatus) -> RenderableType:
-    """The table that `run` shows while it works: the slots that train now, and one line about the study."""
+    """What `run` shows while it works: the slots that train now, if any, and one line about the study."""
     table = new_table(f"study {status.study}", "trial", "epoch", "value", *LOSS_WEIGHT_KEYS)
     for trial in status.trials:
         if trial.state == TicketState.RUNNING:
             table.add_row(_name(trial), f"{trial.epoch}/{trial.epochs}", format_value(trial.value), *_weights(trial))
     prepared = [Text(f"{name} {text}", style="dim") for name, text in status.prepared.rows()]
-    return Group(table, *prepared, *bound_lines(status), Text(headline(status)))
+    shown = [table] if table.rows else []
+    return Group(*shown, *prepared, *bound_lines(status), Text(headline(status)))
 
 
 def bound_lines(status: StudyStatus) -> list[Text]:

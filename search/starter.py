@@ -15,11 +15,13 @@ from typing import Any
 
 import yaml
 
-from search.launch.prepare import STEPS_FROM_SCRATCH, STEPS_FROM_WEIGHTS
+from search.config import usual_first_rung
+from search.launch.prepare import STEPS_FROM_SCRATCH, STEPS_FROM_WEIGHTS, after_warmup
 from search.schema import SCHEMA_FILE
 from search.settings import TrainSettings
 from yolocore.data.check import DatasetReport, SplitReport
-from yolocore.training.optim import NOMINAL_BATCH_SIZE
+from yolocore.hyperparameters import Hyperparameters
+from yolocore.training.optim import NOMINAL_BATCH_SIZE, Schedule
 
 USUAL_IMAGE_SIZE = 640
 LARGEST_IMAGE_SIZE = 1280
@@ -82,6 +84,7 @@ class StudyDraft:
     epochs: Choice
     space: Mapping[str, Choice]
     trials: Choice
+    pruner: Choice
     objective: Choice
 
 
@@ -95,6 +98,8 @@ def draft_study(report: DatasetReport, wishes: Wishes) -> StudyDraft:
     train = next(split for split in report.splits if split.split == "train")
     space = search_space(report, train)
     trials = Choice(TRIALS_PER_KEY * len(space), f"about {TRIALS_PER_KEY} for each searched key; trial 0 is the base")
+    batch_size = _wished(wishes.batch_size) or choose_batch_size(train)
+    epochs = _wished(wishes.epochs) or choose_epochs(train, from_weights=wishes.weights is not None)
     return StudyDraft(
         name=wishes.name or study_name_of(report.source),
         data=report.source,
@@ -102,10 +107,11 @@ def draft_study(report: DatasetReport, wishes: Wishes) -> StudyDraft:
         model=wishes.model,
         weights=wishes.weights,
         image_size=_wished(wishes.image_size) or choose_image_size(train),
-        batch_size=_wished(wishes.batch_size) or choose_batch_size(train),
-        epochs=_wished(wishes.epochs) or choose_epochs(train, from_weights=wishes.weights is not None),
+        batch_size=batch_size,
+        epochs=epochs,
         space=space,
         trials=_wished(wishes.trials) or trials,
+        pruner=choose_pruner(train.images, batch_size.value, epochs.value),
         objective=Choice(wishes.objective, _objective_hint(train)),
     )
 
@@ -187,6 +193,23 @@ def choose_epochs(train: SplitReport, *, from_weights: bool) -> Choice:
     epochs = min(high, max(low, wanted))
     start = "from weights" if from_weights else "from scratch (start weights would do with a fifth)"
     return Choice(epochs, f"about {epochs * train.images // NOMINAL_BATCH_SIZE} optimiser steps, {start}")
+
+
+def choose_pruner(images: int, batch_size: int, epochs: int) -> Choice:
+    """The median pruner, not before YOLOv5 has warmed up, which takes many epochs where there are few images."""
+    schedule = Schedule(
+        hyperparameters=Hyperparameters(),
+        epochs=epochs,
+        batches_per_epoch=math.ceil(images / min(batch_size, images)),
+        batch_size=batch_size,
+    )
+    warm = schedule.warmup_epochs
+    first = after_warmup(warm, epochs)
+    if first <= usual_first_rung(epochs):
+        return Choice("median", "trials that are worse than half of the others at the same epoch end early")
+    until = f", past the warm-up's {warm} epochs" if first == warm else f"; warm-up alone takes {warm} epochs"
+    why = f"those worse than half of the others end early{until}"
+    return Choice({"name": "median", "min_epochs": first}, why)
 
 
 def search_space(report: DatasetReport, train: SplitReport) -> dict[str, Choice]:
@@ -275,7 +298,7 @@ def study_text(draft: StudyDraft, folder: Path, *, with_schema: bool = True) -> 
             [
                 _pair("trials", draft.trials.value, draft.trials.why),
                 ("sampler: tpe", "who proposes"),
-                ("pruner: median", "trials that are worse than half of the others at the same epoch end early"),
+                _pair("pruner", draft.pruner.value, draft.pruner.why),
                 _pair("objective", draft.objective.value, draft.objective.why),
             ]
         ),

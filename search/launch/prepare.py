@@ -434,13 +434,24 @@ def _rung_notices(config: StudyConfig, images: int) -> Iterator[str]:
     """Says when a pruner ranks trials that still warm up (docs/performance.md, "Where a rung may stand")."""
     if config.pruner.name not in RANKING_PRUNERS:
         return
-    schedule, first = _schedule(config, images), getattr(config.pruner, "min_epochs", None) or 1
-    warm = math.ceil(schedule.warmup_iterations / schedule.batches_per_epoch)
-    if first < warm and 2 * warm < schedule.epochs:
+    train, first = config.train, getattr(config.pruner, "min_epochs", None) or 1
+    warm = _schedule(config, images).warmup_epochs
+    if warm < train.epochs and first < after_warmup(warm, train.epochs):
+        surer = math.ceil(min(2 * warm, train.epochs / 2) / train.eval_every) * train.eval_every
         yield (
             f"pruner: its first decision is after {first} epochs, inside the warm-up, which takes {warm} here (never "
-            f"less than 100 iterations), where ranks say little about the end; `min_epochs: {2 * warm}` is surer"
+            f"less than 100 iterations), where ranks say little about the end; `min_epochs: {surer}` is surer"
         )
+
+
+def after_warmup(warm: int, epochs: int) -> int:
+    """The first epoch after which a pruner should decide: past the warm-up, or half-way where that comes earlier.
+
+    Args:
+        warm: Epochs that the warm-up takes.
+        epochs: Of a trial.
+    """
+    return min(warm, math.ceil(epochs / 2))
 
 
 def _schedule(config: StudyConfig, images: int) -> Schedule:

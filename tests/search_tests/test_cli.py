@@ -341,6 +341,7 @@ def test_status_and_trials_json_parse_and_agree(yolosearch: Command, make: Calla
     assert status["counts"]["WAITING"] == 3
     assert status["trials"] == trials
     assert status["short_against_full"] == {"trials": 0, "epochs": 2, "enough_epochs": None, "by_epoch": []}
+    assert status["confirmation"] is None
     assert trials[0]["params"] == {"box": 0.05, "cls": 0.5}
     assert "3 waiting" in yolosearch("status", NAME, "--runs-dir", study.runs).out
     assert "base 0" in yolosearch("trials", NAME, "--runs-dir", study.runs).out

@@ -314,7 +314,7 @@ def test_split_table_fits_80_columns_uncut(ledger: Ledger, config: StudyConfig) 
     assert "…" not in text
     assert max(map(len, map(str.rstrip, text.splitlines()))) <= 80
     assert "AP a class name" in text
-    assert [word in text for word in ("better", "worse", "none shown")] == [True] * 3
+    assert [word in text for word in ("better", "worse", "none shown", " <0.001 ")] == [True] * 4
 
 
 def test_split_table_class_name_that_looks_like_markup_printed_as_it_is(ledger: Ledger, config: StudyConfig) -> None:

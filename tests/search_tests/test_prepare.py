@@ -85,6 +85,19 @@ def test_plan_study_settings_that_surprise_are_told(
     )
 
 
+@pytest.mark.parametrize(("epochs", "surer"), [(300, 100), (80, 40)])
+def test_plan_study_pruner_inside_the_warm_up_says_what_is_surer(
+    make: Callable[..., TinyStudy], epochs: int, surer: int
+) -> None:
+    study = make(train={"epochs": epochs, "batch_size": 8}, pruner={"name": "median", "min_epochs": 2})
+
+    notices = plan_study(study.config, study.storage_url, study.runs).notices
+
+    (line,) = [notice for notice in notices if notice.startswith("pruner: ")]
+    assert "which takes 50 here" in line
+    assert line.endswith(f"`min_epochs: {surer}` is surer")
+
+
 def test_plan_study_image_weights_train_one_trial_at_a_time(make: Callable[..., TinyStudy]) -> None:
     study = make(train={"image_weights": True})
 

@@ -167,6 +167,13 @@ def test_live_view_shows_the_slots_that_train(study: TinyStudy) -> None:
     assert "3 waiting, 1 running" in text
 
 
+def test_live_view_nothing_trains_has_no_table(worked: TinyStudy) -> None:
+    text = text_of(live_view(status_of(worked)))
+
+    assert "epoch" not in text
+    assert "1 pruned" in text
+
+
 def test_trials_table_has_every_trial_and_its_reason(worked: TinyStudy) -> None:
     ledger = worked.ledger
     last = ledger.claim(NAME, "here", 1, 60.0)[0]
@@ -252,8 +259,9 @@ def test_status_view_says_when_it_is_done_and_what_the_curves_show(worked: TinyS
     assert status.eta_seconds is not None
 
     curves = epochs_enough(StudyRows.read(worked.ledger, NAME), worked.config)
-    text = text_of(status_view(replace(status, eta_seconds=3600.0), curves, now))
+    text = text_of(status_view(replace(status, eta_seconds=3600.0), curves, now, "trial 2 is better"))
 
+    assert "confirmation: trial 2 is better" in text
     assert (curves.trials, [a.correlation for a in curves.agreements]) == (2, pytest.approx([1.0, 1.0, 1.0]))
     assert "at this pace it is done Sun 2026-02-01 00:59 UTC" in text
     assert "short against full: 2 trials ran to the end, too few to say" in text

@@ -13,6 +13,7 @@ from search.starter import (
     choose_batch_size,
     choose_epochs,
     choose_image_size,
+    choose_pruner,
     draft_study,
     search_space,
     study_name_of,
@@ -91,6 +92,21 @@ def test_choose_batch_size_is_never_above_the_images() -> None:
     assert choose_batch_size(split()).value == 16
 
 
+@pytest.mark.parametrize(
+    ("images", "epochs", "pruner"),
+    [
+        (200, 30, {"name": "median", "min_epochs": 8}),  # 100 iterations of 13 an epoch
+        (200, 10, {"name": "median", "min_epochs": 5}),
+        (200, 60, "median"),
+        (2000, 15, "median"),  # three epochs, as `warmup_epochs` says
+        (2000, 12, "median"),
+        (2000, 10, {"name": "median", "min_epochs": 3}),
+    ],
+)
+def test_choose_pruner_decides_past_the_warm_up_or_half_way(images: int, epochs: int, pruner: object) -> None:
+    assert choose_pruner(images, 16, epochs).value == pruner
+
+
 def test_search_space_one_class_leaves_the_class_loss_out() -> None:
     data = report(classes=ONE_CLASS, imbalance=1.0)
 
@@ -141,6 +157,7 @@ def test_study_text_is_a_study_that_says_what_was_decided(
     assert (config.name, config.data) == (draft.name, str(tmp_path / "pets.yaml"))
     assert (config.train.image_size, config.train.epochs) == (draft.image_size.value, draft.epochs.value)
     assert (config.trials, list(config.space)) == (draft.trials.value, list(draft.space))
+    assert config.pruner.min_epochs == (3 if wishes.epochs == 7 else draft.epochs.value // 5)
     assert config.name == (wishes.name or "pets")
     assert config.trials == (wishes.trials or 12 * len(config.space))
     assert text.startswith("# yaml-language-server: $schema=study.schema.json\n") is with_schema

@@ -101,6 +101,11 @@ class Schedule:
         """The last iteration that still warms up; at least 100, even where `warmup_epochs` is 0."""
         return max(round(self.hyperparameters.warmup_epochs * self.batches_per_epoch), MIN_WARMUP_ITERATIONS)
 
+    @property
+    def warmup_epochs(self) -> int:
+        """Epochs that the warm-up takes, the last one perhaps in part."""
+        return math.ceil(self.warmup_iterations / self.batches_per_epoch)
+
     def factor(self, epoch: int) -> float:
         """The scheduler's multiple of `lr0` for an epoch."""
         lrf = self.hyperparameters.lrf
