@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,11 +15,13 @@ from search.cli_common import (
     Data,
     RunsDir,
     Storage,
+    is_study_file,
     out,
     print_json,
     runs_folder,
     study_name,
 )
+from search.config import load_study_config
 from search.database import STORAGE_URL_VARIABLE, resolve_storage_url
 from search.doctor import Finding, Surroundings, examine
 from search.errors import EXIT_FAILED
@@ -30,7 +33,9 @@ app = typer.Typer()
 
 @app.command()
 def doctor(
-    study: Annotated[str | None, typer.Argument(metavar="[STUDY]", help="A study that exists, or its YAML.")] = None,
+    study: Annotated[
+        str | None, typer.Argument(metavar="[STUDY]", help="A study, or its YAML, also before it exists.")
+    ] = None,
     data: Data = None,
     checkpoints: Checkpoints = None,
     storage: Storage = None,
@@ -42,13 +47,15 @@ def doctor(
     Example: yolosearch doctor my-study
     """
     runs = runs_folder(runs_dir)
-    name = None if study is None else study_name(study)
+    planned = load_study_config(Path(study)) if study is not None and is_study_file(study) else None
+    name = planned.name if planned is not None else None if study is None else study_name(study)
     is_named = name is not None or storage or os.environ.get(STORAGE_URL_VARIABLE)
     url = resolve_storage_url(storage, runs, name or "none") if is_named else None
+    around = Surroundings(
+        runs_dir=runs, storage_url=url, study=name, planned=planned, checkpoints=checkpoints, data=data
+    )
     findings = []
-    for finding in examine(
-        Surroundings(runs_dir=runs, storage_url=url, study=name, checkpoints=checkpoints, data=data)
-    ):
+    for finding in examine(around):
         findings.append(finding)
         if not as_json:
             _print(finding)

@@ -16,8 +16,8 @@ from typing import Literal
 
 from search.checkpoints import CheckpointStore
 from search.config import StudyConfig
-from search.database import mask_url
-from search.errors import DatabaseError, OlderSchemaError, SearchError
+from search.database import mask_url, sqlite_path
+from search.errors import DatabaseError, OlderSchemaError, SearchError, UnknownStudyError
 from search.ledger import Ledger
 from search.ledger.facts import DatabaseFacts, database_facts
 from search.tracking import default_tracking_uri, is_server, mask_secrets, probe_store
@@ -56,6 +56,7 @@ class Surroundings:
         runs_dir: Folder of all studies.
         storage_url: The database; None if none is named and no study either: each study then has a file of its own.
         study: Name of a study in it.
+        planned: What the study's file says, where that was given; the study need not exist then.
         checkpoints: Folder or URL for checkpoints; None for the runs folder.
         data: The data set's YAML, where it lies elsewhere on this host.
     """
@@ -63,6 +64,7 @@ class Surroundings:
     runs_dir: Path
     storage_url: str | None
     study: str | None
+    planned: StudyConfig | None = None
     checkpoints: str | None = None
     data: Path | None = None
 
@@ -76,7 +78,7 @@ def examine(around: Surroundings) -> Iterator[Finding]:
     yield _guarded("shared memory", _shared_memory)
     yield _guarded("runs folder", lambda: _folder("runs folder", around.runs_dir))
     yield _guarded("temporary files", lambda: _folder("temporary files", Path(tempfile.gettempdir())))
-    yield from _several("database", lambda: _database(around.storage_url))
+    yield from _several("database", lambda: _database(around.storage_url, is_planned=around.planned is not None))
     if around.study is not None and around.storage_url is not None:
         try:
             ledger = open_existing(around.storage_url, around.study, patience=10.0)
@@ -84,11 +86,20 @@ def examine(around: Surroundings) -> Iterator[Finding]:
             config = StudyConfig.from_json(ledger.study(around.study).config)
         except OlderSchemaError:
             yield Finding(level="warn", name="study", detail="not looked at until the schema is this version's")
+        except UnknownStudyError as error:
+            config = around.planned
+            if config is None:
+                yield _failure("study", error)
+            else:
+                remedy = "yolosearch create, or run, with its file creates it"
+                yield Finding(level="ok", name="study", detail=f"{config.name}: not created yet", remedy=remedy)
+                if config.builtin_data is None:  # else it is written when the study is created
+                    yield _guarded("data", lambda: _data(None, config, around))
         except SearchError as error:
             yield _failure("study", error)
         else:
             yield _guarded("study", lambda: _study(ledger, config))
-            yield _guarded("data", lambda: _data(ledger, config, around))
+            yield _guarded("data", lambda: _data(ledger.study(config.name).fingerprint, config, around))
     yield _guarded("checkpoints", lambda: _checkpoints(around.checkpoints or str(around.runs_dir)))
     yield _guarded("MLflow", lambda: _tracking(config, around.runs_dir))
 
@@ -221,9 +232,13 @@ def _folder(name: str, folder: Path) -> Finding:
     return Finding(level="ok", name=name, detail=detail)
 
 
-def _database(url: str | None) -> Iterator[Finding]:
+def _database(url: str | None, *, is_planned: bool) -> Iterator[Finding]:
     if url is None:
         yield Finding(level="ok", name="database", detail="none named; a study without one has runs/STUDY/study.db")
+        return
+    file = sqlite_path(url)
+    if is_planned and file is not None and not file.exists():
+        yield Finding(level="ok", name="database", detail=f"SQLite at {file}, which the study will make")
         return
     facts = database_facts(url)
     yield Finding(level="ok", name="database", detail=f"{facts.product} at {mask_url(url)}")
@@ -273,12 +288,15 @@ def _study(ledger: Ledger, config: StudyConfig) -> Finding:
     return Finding(level="ok", name="study", detail=f"{config.name}: {counts}")
 
 
-def _data(ledger: Ledger, config: StudyConfig, around: Surroundings) -> Finding:
+def _data(wanted: str | None, config: StudyConfig, around: Surroundings) -> Finding:
+    """The data on this host, against the fingerprint of the study's where it exists."""
     from search.worker.session import data_yaml
     from yolocore.data.dataset import fingerprint, load_dataset_config
 
     path = around.data or data_yaml(config, around.runs_dir)
-    found, wanted = fingerprint(load_dataset_config(path)), ledger.study(config.name).fingerprint
+    found = fingerprint(load_dataset_config(path, single_class=config.train.single_cls))
+    if wanted is None:
+        return Finding(level="ok", name="data", detail=f"{path}, fingerprint {found}")
     if found != wanted:
         detail = f"{path} has the fingerprint {found}, the study {wanted}"
         remedy = "bring the same images, labels and names here, or name them: --data, YOLOSEARCH_DATA_ROOT"

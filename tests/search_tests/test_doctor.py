@@ -50,6 +50,24 @@ def test_examine_sound_study_on_each_backend_all_is_well(make: Callable[..., Tin
     assert not any(study.runs.glob("doctor-*"))
 
 
+def test_examine_one_class_for_all_has_the_studys_fingerprint(make: Callable[..., TinyStudy]) -> None:
+    study = make(space={"box": {"low": 0.02, "high": 0.2}}, train={"single_cls": True})
+    study.create()
+
+    assert findings(study)["data"].level == "ok"
+
+
+def test_examine_study_file_before_it_is_created_says_how(make: Callable[..., TinyStudy], storage_url: str) -> None:
+    study = make(storage_url=storage_url)
+
+    found = findings(study, planned=study.config)
+
+    assert (found["study"].level, found["study"].detail) == ("ok", "tiny: not created yet")
+    assert "yolosearch create" in found["study"].remedy
+    assert found["data"].detail.startswith(f"{study.data}, fingerprint ")
+    assert {name for name, finding in found.items() if finding.level == "fail"} == set()
+
+
 def test_examine_changed_data_fails_with_both_fingerprints(make: Callable[..., TinyStudy]) -> None:
     study = make()
     study.create()
