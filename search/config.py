@@ -196,9 +196,14 @@ class StudyConfig(Section):
         return self.objectives or (self.objective,)
 
     @property
+    def base_is_default(self) -> bool:
+        """Whether the base is YOLOv5's preset, however the study file says so."""
+        return self.base_hyperparameters() == Hyperparameters()
+
+    @property
     def base_name(self) -> str:
         """What the base is called in running text: the defaults, unless the study has a base of its own."""
-        return "the defaults" if self.base_hyp is None else "the base"
+        return "the defaults" if self.base_is_default else "the base"
 
     def objective_text(self) -> str:
         """What is maximised, in words."""

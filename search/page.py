@@ -80,7 +80,7 @@ def report_page(review: Review, hyp: str | None) -> str:
             study=data.config.name,
             short_title=BADGES[found.standing],
             badge=BADGES[found.standing],
-            defaults=data.config.base_hyp is None,
+            defaults=data.config.base_is_default,
             found=found,
             figures=list(_figures(data, found)),
             importance=review.importance,
@@ -134,7 +134,7 @@ def _figures(data: StudyData, found: Findings) -> Iterator[tuple[str, str, str]]
 
 def _gain_figures(data: StudyData, found: Findings) -> Iterator[tuple[str, str, str]]:
     if data.base is not None and data.base.value is not None:
-        yield ("defaults" if data.config.base_hyp is None else "base"), f"{data.base.value:.4f}", data.metric
+        yield ("defaults" if data.config.base_is_default else "base"), f"{data.base.value:.4f}", data.metric
     if data.best is not None and data.best.value is not None:
         is_decided = data.recommendation is not None and data.recommendation.is_decided
         yield "recommended" if is_decided else "best", f"{data.best.value:.4f}", f"trial {data.best.trial_number}"

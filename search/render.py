@@ -64,11 +64,12 @@ def _render_study(job: RenderJob) -> None:
     folder = job.folder / STUDY
     (folder / "plots").mkdir(parents=True)
     review = Review.of(job.data)
-    drawn = [plot for plot in review.plots if plot.figure is not None]
-    for number, plot in enumerate(drawn, start=1):
-        # Numbered: MLflow sorts artifacts by name.
-        page = plot_page(plot, job.data.config.name)
-        (folder / "plots" / f"{number:02d}-{plot.key}.html").write_text(page, encoding="utf-8")
+    for number, plot in enumerate(review.plots, start=1):
+        # Numbered, since MLflow sorts artifacts by name; by its place among all plots, since a plot that changed its
+        # number would lie there twice.
+        if plot.figure is not None:
+            page = plot_page(plot, job.data.config.name)
+            (folder / "plots" / f"{number:02d}-{plot.key}.html").write_text(page, encoding="utf-8")
     (folder / "report.html").write_text(report_page(review, job.hyp), encoding="utf-8")
     (folder / NOTE_FILE).write_text(note(job.data, review.found, review.plots), encoding="utf-8")
 

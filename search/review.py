@@ -446,7 +446,7 @@ def _best_value(data: StudyData) -> str:
 
 
 def _plural(data: StudyData) -> bool:
-    return data.config.base_hyp is None
+    return data.config.base_is_default
 
 
 def _has(data: StudyData) -> str:

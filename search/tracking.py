@@ -162,12 +162,13 @@ class Tracker(Protocol):
     def ensure_experiment(self, study: str, config_text: str = "") -> str:
         """The id of the study's experiment, which is created (with `config_text` as its note) where it is missing."""
 
-    def set_table(self, study: str, columns: Sequence[str]) -> None:
+    def set_table(self, study: str, columns: Sequence[str], left_out: Sequence[str] = ()) -> None:
         """What the study's table of runs shows at its deep link (`experiment_url`), the best run first.
 
         Args:
             study: name of the study, whose experiment exists.
             columns: `metrics/fitness` is a metric, `params.box` a parameter, `tags.x` a tag; the first one sorts.
+            left_out: kinds of runs that are only shown once the search field is emptied.
         """
 
     def ensure_summary(self, study: str, tags: Mapping[str, str], params: Mapping[str, object]) -> str:
@@ -411,7 +412,7 @@ class NullTracker:
         """The study's name."""
         return study
 
-    def set_table(self, study: str, columns: Sequence[str]) -> None:
+    def set_table(self, study: str, columns: Sequence[str], left_out: Sequence[str] = ()) -> None:
         """Nothing."""
 
     def ensure_summary(self, study: str, tags: Mapping[str, str], params: Mapping[str, object]) -> str:  # noqa: ARG002
@@ -502,9 +503,9 @@ class MlflowTracker:
             self._experiment_ids[study] = str(experiment.experiment_id)
             return self._experiment_ids[study]
 
-    def set_table(self, study: str, columns: Sequence[str]) -> None:
+    def set_table(self, study: str, columns: Sequence[str], left_out: Sequence[str] = ()) -> None:
         """See `Tracker`. MLflow's UI calls this a shared view; it lies in a tag of the experiment."""
-        view = json.dumps(_table_view([_column(name) for name in columns]))
+        view = json.dumps(_table_view([_column(name) for name in columns], left_out))
         experiment_id = self._experiment_id(study)
         self._call("set the columns of the table", "set_experiment_tag", experiment_id, VIEW_TAG, view)
 
@@ -838,10 +839,10 @@ def _column(name: str) -> str:
     return f"{kind}.`{rest}`" if dot and kind in {"params", "tags"} else f"metrics.`{name}`"
 
 
-def _table_view(columns: Sequence[str]) -> dict[str, Any]:
+def _table_view(columns: Sequence[str], left_out: Sequence[str]) -> dict[str, Any]:
     """The state of the UI's table: what is shown, in which order, and that charts show every run."""
     return {
-        "searchFilter": "",
+        "searchFilter": " AND ".join(f"tags.`{KIND_TAG}` != '{kind}'" for kind in left_out),
         "orderByKey": columns[0],
         "orderByAsc": False,
         "startTime": "ALL",

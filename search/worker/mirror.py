@@ -24,7 +24,7 @@ from search.confirm import ConfirmReport, latest_confirmation, noise_report, sum
 from search.database import init_lock
 from search.errors import LeaseLostError
 from search.fidelity import spearman, value_pairs
-from search.ledger import NOISE, EpochRow, Ledger, Ticket, TicketState, front
+from search.ledger import NOISE, RERUN_KINDS, EpochRow, Ledger, Ticket, TicketState, front
 from search.recommendation import recommended
 from search.study import tell
 from search.tracking import TrackedState, Tracker
@@ -325,7 +325,8 @@ class Mirror:
             with init_lock(self._context.storage_url):
                 settings = json.dumps(self._context.record.config, indent=1)
                 self._tracker.ensure_experiment(name, settings)
-                self._tracker.set_table(name, table_columns(self._context.config))
+                # The luckiest reruns would stand above the trials.
+                self._tracker.set_table(name, table_columns(self._context.config), RERUN_KINDS)
                 run_id = self._tracker.ensure_summary(name, self._context.tags, _flat(self._context.record.config))
                 self._tracker.log_artifacts(run_id, {"study.json": settings, FORECAST_FILE: forecast})
                 self._ledger.set_summary_run(name, run_id)

@@ -476,3 +476,14 @@ def test_check_objective_looks_at_the_classes_of_all_objectives() -> None:
 
     with pytest.raises(StudyConfigError, match="objectives: class_ap:cat: no class of the data set"):
         check_objective(config, ["dog"])
+
+
+@pytest.mark.parametrize(
+    ("base", "name"),
+    [(None, "the defaults"), ({}, "the defaults"), ({"box": 0.05}, "the defaults"), ({"box": 0.06}, "the base")],
+)
+def test_base_name_is_the_defaults_where_the_base_is_the_preset_also_once_stored(base: Any, name: str) -> None:
+    config = study(base_hyp=base)
+
+    assert config.base_name == name
+    assert StudyConfig.from_json(config.to_json()).base_name == name

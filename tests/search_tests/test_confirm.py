@@ -447,7 +447,7 @@ def test_confirm_report_names_the_level_of_its_intervals(ledger: Ledger, config:
 
 
 def test_confirm_report_without_a_winner_keeps_the_base_of_the_study(ledger: Ledger, config: StudyConfig) -> None:
-    own = config.model_copy(update={"base_hyp": {"box": 0.05}})
+    own = config.model_copy(update={"base_hyp": {"box": 0.06}})
     add_confirmation(ledger, config, top=1, seeds=4, epochs=3)
     rerun_all(ledger, CONFIRM, {})
 

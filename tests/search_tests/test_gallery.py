@@ -96,7 +96,7 @@ def test_mirror_study_over_shows_plots_report_numbers_and_note(
 
     summary = summary_of(study)
     files = artifacts_of(study, summary)
-    assert {"report.html", "hyp.best.yaml", "study.yaml", "plots/01-history.html", "plots/02-classes.html"} <= files
+    assert {"report.html", "hyp.best.yaml", "study.yaml", "plots/01-history.html", "plots/03-classes.html"} <= files
     metrics = summary.data.metrics
     assert (metrics["study/trials_complete"], metrics["study/trials_pruned"]) == (2, 1)
     assert (metrics["study/base_fitness"], metrics["study/best_fitness"]) == (0.4, 0.45)

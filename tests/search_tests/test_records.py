@@ -73,7 +73,7 @@ def test_set_table_keeps_the_columns_in_the_view_that_the_link_opens(
     tracker = open_tracker(enabled=True, uri=None, runs_dir=study.runs)
 
     tracker.ensure_experiment(study.config.name)
-    tracker.set_table(study.config.name, table_columns(study.config))
+    tracker.set_table(study.config.name, table_columns(study.config), ("noise", "confirm"))
 
     with sqlite3.connect(study.runs / "mlflow.db") as store:
         ((text,),) = store.execute("SELECT value FROM experiment_tags WHERE key = ?", (VIEW_TAG,)).fetchall()
@@ -85,6 +85,7 @@ def test_set_table_keeps_the_columns_in_the_view_that_the_link_opens(
         "params.`cls`",
         "tags.`yolosearch.state`",
     ]
+    assert view["searchFilter"] == "tags.`yolosearch.kind` != 'noise' AND tags.`yolosearch.kind` != 'confirm'"
     assert (view["orderByKey"], view["orderByAsc"]) == ("metrics.`objective`", False)
     link = tracker.experiment_url(study.config.name, "http://localhost:5000")
     assert link is not None

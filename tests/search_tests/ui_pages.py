@@ -110,6 +110,11 @@ class UiPages:
             self.page.wait_for_timeout(500)
         return lines
 
+    def enlarge_chart(self) -> None:
+        """Gives the first chart the whole page."""
+        self.page.locator("[data-component-id=fullscreen_button_chartcard]").first.click()
+        self.page.locator("[role=dialog] .js-plotly-plot").wait_for()
+
     def trial(self, name: str) -> int:
         """Opens one run's own charts; how many are drawn."""
         self.page.goto(f"{self._root}/runs/{self.runs[name]}/model-metrics")
@@ -163,7 +168,8 @@ def take_pictures(runs_dir: Path, study: str, folder: Path) -> None:
     with open_ui(runs_dir, study) as ui:
         ui.table()
         _save(ui.page, folder / "mlflow-table.png")
-        ui.charts()
+        ui.charts("metrics/fitness")
+        ui.enlarge_chart()
         _save(ui.page, folder / "mlflow-charts.png")
         ui.compare(ui.trials[:3])
         _save(ui.page, folder / "mlflow-compare.png")
