@@ -339,6 +339,13 @@ def class_noise_text(subject: Subject) -> str:
     halves = [half_band(sd) for sd in data.class_noise.values()]
     if not halves:
         return ""
+    if confirmed := data.confirmed_classes:
+        seeds = {result.seeds for result, _ in confirmed.values()}
+        over = " or ".join(map(str, sorted(seeds)))
+        return (
+            f"Means over {over} paired seeds, as the confirmation compares them. Inside its shaded band a class may "
+            f"differ from the base by chance alone: {_span(halves)}."
+        )
     return (
         f"Inside its shaded band a class may differ from the base by chance alone: {_span(halves)}, from "
         f"{len(data.base_reruns)} reruns of the base."

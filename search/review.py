@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Literal
 
 from search.config import StudyConfig
-from search.confirm import latest_confirmation, noise_report
+from search.confirm import CLASS_AP, VALIDATION, ConfirmReport, latest_confirmation, noise_report
 from search.ledger import KINDS, SEARCH, EpochRow, Ledger, StudyRecord, Ticket, TicketState, base_numbers, front
 from search.recommendation import Recommendation, recommend
 from search.settings import SpaceEntry
@@ -56,6 +56,8 @@ class StudyData:
     """Standard deviation of one run, where it was measured."""
     candidates: Mapping[str, int] = field(default_factory=dict)
     """Trial number of each candidate of the confirmation."""
+    class_confirmations: Mapping[int, Confirmation] = field(default_factory=dict)
+    """The same of each class's AP on the validation split, by its number."""
 
     @cached_property
     def tickets(self) -> tuple[Ticket, ...]:
@@ -107,8 +109,23 @@ class StudyData:
 
     @property
     def class_noise(self) -> dict[str, float]:
-        """The same of each class's AP, by its name."""
+        """The same of each class's AP, by its name; of the means over paired seeds where those are compared."""
+        if confirmed := self.confirmed_classes:
+            return {name: result.noise / math.sqrt(result.seeds) for name, (result, _) in confirmed.items()}
         return _deviations([self.class_ap(ticket) for ticket in self.base_reruns])
+
+    @property
+    def confirmed_classes(self) -> dict[str, tuple[Confirmation, Comparison]]:
+        """What the confirmation says about each class under its winner; empty without a winner."""
+        if self.recommendation is None or self.recommendation.standing != "confirmed":
+            return {}
+        results = {index: (result, self.line_of(result)) for index, result in self.class_confirmations.items()}
+        return {self.class_name(index): (result, line) for index, (result, line) in results.items() if line is not None}
+
+    def line_of(self, result: Confirmation) -> Comparison | None:
+        """What a confirmation says about the recommended trial."""
+        number = None if self.best is None else self.best.trial_number
+        return next((line for line in result.comparisons if self.candidates.get(line.candidate) == number), None)
 
     @property
     def objective_noise(self) -> dict[str, float]:
@@ -207,7 +224,13 @@ def read_study_data(ledger: Ledger, config: StudyConfig, class_names: Sequence[s
         confirmation=None if report is None else report.outcome,
         noise=None if spread is None else spread.sd,
         candidates={} if report is None else report.trials,
+        class_confirmations={} if report is None else _by_class(report),
     )
+
+
+def _by_class(report: ConfirmReport) -> dict[int, Confirmation]:
+    measures = {one.measure: one.result for one in report.judgements if one.split == VALIDATION}
+    return {int(key.removeprefix(CLASS_AP)): result for key, result in measures.items() if key.startswith(CLASS_AP)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,7 +251,7 @@ class Move:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClassChange:
-    """A class's AP under the base and under the best trial."""
+    """A class's AP under the base and under the best trial: means over paired seeds where confirmed, else one run's."""
 
     name: str
     base: float
@@ -317,7 +340,7 @@ def findings(data: StudyData, importance: Mapping[str, float] | None = None) -> 
     if data.config.objectives:
         return _front_findings(data)
     moves, classes = _moves(data, importance or {}), _class_changes(data)
-    comparison = _comparison(data)
+    comparison = None if data.confirmation is None else data.line_of(data.confirmation)
     standing = _standing(data)
     gain = comparison.gain if comparison is not None else _single_gain(data)
     return Findings(
@@ -341,15 +364,6 @@ def _state_counts(data: StudyData) -> dict[str, int]:
 def short(value: float) -> str:
     """A hyperparameter in few digits."""
     return f"{value:.2g}" if 0.01 <= abs(value) < 10 else f"{value:.3g}"
-
-
-def _comparison(data: StudyData) -> Comparison | None:
-    """The confirmation's line about the best trial."""
-    if data.confirmation is None or data.best is None:
-        return None
-    number = data.best.trial_number
-    lines = data.confirmation.comparisons
-    return next((line for line in lines if data.candidates.get(line.candidate) == number), None)
 
 
 def _standing(data: StudyData) -> Standing:
@@ -393,10 +407,14 @@ def _share(entry: SpaceEntry | None, base: float, best: float) -> float:
 
 
 def _class_changes(data: StudyData) -> tuple[ClassChange, ...]:
-    if data.base is None or data.best is None:
+    if confirmed := data.confirmed_classes:
+        means = {name: (result.base.mean, line.gain) for name, (result, line) in confirmed.items()}
+        changes = [ClassChange(name=name, base=base, best=base + gain) for name, (base, gain) in means.items()]
+    elif data.base is None or data.best is None:
         return ()
-    base, best = data.class_ap(data.base), data.class_ap(data.best)
-    changes = [ClassChange(name=name, base=base[name], best=best[name]) for name in base if name in best]
+    else:
+        single, best = data.class_ap(data.base), data.class_ap(data.best)
+        changes = [ClassChange(name=name, base=single[name], best=best[name]) for name in single if name in best]
     return tuple(sorted(changes, key=lambda change: -change.change))
 
 

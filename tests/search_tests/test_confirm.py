@@ -466,6 +466,8 @@ def test_read_study_data_has_what_the_reruns_say_once_it_is_said(ledger: Ledger,
 
     assert data.best is not None
     assert (data.best.number, data.candidates) == (3, {"trial 4": 4, "trial 3": 3})
+    assert list(data.class_confirmations) == [0]
+    assert list(data.confirmed_classes) == ["class 0"]
     assert data.noise == pytest.approx(noise_report(ledger, config).spread.sd)  # type: ignore[union-attr]
 
 

@@ -120,6 +120,23 @@ def test_study_plots_reruns_of_the_base_give_each_class_its_own_band(twelve: Tin
     assert plot.noise.endswith("± 0.039 to 0.392, from 2 reruns of the base.")
 
 
+def test_study_plots_classes_of_a_confirmed_winner_are_means_over_its_paired_seeds(twelve: TinyStudy) -> None:
+    confirmation = compare([0.4, 0.41, 0.39], {"trial 8": [0.42, 0.43, 0.42]})
+    cat = compare([0.4, 0.41, 0.39], {"trial 8": [0.5, 0.52, 0.51]})
+    known = {"confirmation": confirmation, "candidates": {"trial 8": 8}, "class_confirmations": {0: cat}}
+    data = data_of(twelve, **known)
+
+    plot, (change,) = drawn(data)["classes"], findings(data).classes
+
+    assert (change.name, change.base, change.change) == ("cat", pytest.approx(0.4), pytest.approx(0.11))
+    assert list(plot.figure.data[1].y) == pytest.approx([0.51])
+    (band,) = plot.figure.layout.shapes
+    half = 1.96 * cat.noise * math.sqrt(2 / 3)
+    assert (band.y0, band.y1) == pytest.approx((0.4 - half, 0.4 + half))
+    assert plot.noise.startswith("Means over 3 paired seeds, as the confirmation compares them.")
+    assert plot.noise.endswith(f"by chance alone: ± {half:.3f}.")
+
+
 def test_study_plots_noise_is_in_the_colours_of_the_lines_and_in_the_contour(twelve: TinyStudy) -> None:
     data = data_of(twelve, noise=0.01)
     assert data.band is not None
