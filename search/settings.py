@@ -146,6 +146,8 @@ class TrainSettings(Section):
     """Where to train."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of the network's forward pass; the loss is always computed in float32."""
+    compile: Literal["none", "inductor", "cudagraphs"] = "none"
+    """torch.compile for the training pass, on a GPU also into CUDA graphs; takes minutes to begin."""
     optimizer: Literal["SGD", "Adam", "AdamW"] = "SGD"
     """Optimiser; hyp files are written for SGD."""
     cos_lr: StrictBool = False

@@ -35,6 +35,7 @@ from yolocore.data.dataset import DatasetConfig, LabelledImage, Split, fingerpri
 from yolocore.device import resolve_device, resolve_precision
 from yolocore.hyperparameters import RANGES
 from yolocore.initial import initial_levels
+from yolocore.training.compiled import require_compiler
 from yolocore.training.optim import NOMINAL_BATCH_SIZE, Clock, Schedule
 from yolocore.training.start import start_weights
 
@@ -198,6 +199,8 @@ def plan_study(
     splits = {name: scan_split(dataset, name) for name in ("train", "val")}
     given, config = config, without_idle_keys(config, dataset.num_classes)
     device = resolve_device(config.train.device)
+    if config.train.device != "auto":  # else workers on other hosts may have what this one has not
+        require_compiler(config.train.compile, device)
     check_objective(config, dataset.names, _labelled_classes(splits["val"]))
     counts = _class_counts(splits["train"])
     precision, found = resolve_precision(config.train.precision, device), fingerprint(dataset)

@@ -33,6 +33,7 @@ from search.worker.stop import StopFlag
 from search.worker.worker import Worker
 from yolocore.data.dataset import fingerprint, load_dataset_config
 from yolocore.device import resolve_device, resolve_precision
+from yolocore.training.compiled import require_compiler
 
 logger = logging.getLogger(__name__)
 
@@ -136,6 +137,7 @@ def _open(options: WorkerOptions, ledger: Ledger, record: StudyRecord, config: S
     train = replace(config.train_config(data), anchors=Prepared.of(record.config).anchors)
     device = resolve_device(options.device or train.device)
     train = replace(train, device=str(device), precision=resolve_precision(train.precision, device))
+    require_compiler(train.compile, device)
     # The study's own timeout is the search's.
     timeout = config.timeout if options.timeout is None and SEARCH in options.kinds else options.timeout
     return WorkerContext(

@@ -108,6 +108,8 @@ BROKEN = [
     ("epochs: 30", "freeze: 25", 4, "train.freeze", "got 25", ">= 0 and <= 24"),
     ("epochs: 30", "workers: -1", 4, "train.workers", "got -1", "auto, or a whole number >= 0"),
     ("epochs: 30", "workers: many", 4, "train.workers", 'got "many"', "auto, or a whole number >= 0"),
+    ("epochs: 30", "compile: yes", 4, "train.compile", "got true", "one of none, inductor, cudagraphs"),
+    ("epochs: 30", "compile: inductor\n  multi_scale: true", 4, "train.compile", "got inductor", "one of the two"),
     ("epochs: 30", "rect: 1", 4, "train.rect", "got 1", "true or false"),
     ("epochs: 30", "weights: no.pt", 4, "train.weights", "no.pt", "an existing .pt or .safetensors file"),
     ("epochs: 30", "eval_every: 101", 4, "train.eval_every", "got 101", "1 to train.epochs (100)"),

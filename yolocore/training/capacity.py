@@ -4,7 +4,7 @@ import gc
 import itertools
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -62,6 +62,7 @@ def measure_capacity(
     Yields:
         One per size, in growing order, as soon as it is known.
     """
+    config = replace(config, compile="none")  # each size would be compiled, for minutes
     device = resolve_device(config.device)
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = not config.multi_scale  # as the training does

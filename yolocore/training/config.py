@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from yolocore.autoanchor import AnchorTuple
 from yolocore.errors import InputError
@@ -11,6 +11,7 @@ from yolocore.model import ModelSize
 
 OptimizerName = Literal["SGD", "Adam", "AdamW"]
 CacheName = Literal["ram", "disk", "none"]
+CompilerName = Literal["none", "inductor", "cudagraphs"]
 
 LARGEST_STRIDE = 32
 """Images must divide into the cells of the coarsest level."""
@@ -46,6 +47,8 @@ class TrainConfig:
     """auto, cpu, cuda, cuda:N or mps."""
     precision: str = "auto"
     """auto, fp32, bf16 or fp16."""
+    compile: CompilerName = "none"
+    """How the network is compiled for training: not, by torch.compile, or by it into CUDA graphs."""
     weights: Path | None = None
     """A weights file to start from; None starts from `seed`."""
     anchors: AnchorTuple | None = None
@@ -96,6 +99,9 @@ class TrainConfig:
             raise InputError(f"freeze: {self.freeze} is not allowed: 0 to {MAX_FREEZE} is (layers, from the first)")
         if self.rect and self.image_weights:
             raise InputError("rect: not possible with image_weights, which draws the images of every epoch anew")
-        for name, allowed in (("optimizer", ("SGD", "Adam", "AdamW")), ("cache", ("ram", "disk", "none"))):
+        if self.multi_scale and self.compile != "none":
+            raise InputError("compile: not possible with multi_scale, which would compile the network for every size")
+        for name, kind in (("optimizer", OptimizerName), ("cache", CacheName), ("compile", CompilerName)):
+            allowed = get_args(kind)
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name}: {getattr(self, name)!r} is not allowed: one of {', '.join(allowed)} is")

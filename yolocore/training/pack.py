@@ -22,6 +22,7 @@ from yolocore.hyperparameters import SHARED_KEYS, Hyperparameters
 from yolocore.loss import DEFAULT_BALANCE, LossComponents, LossWeights, detection_loss, update_balance
 from yolocore.model import STRIDES, YOLOv5
 from yolocore.model.trunk import Trunk
+from yolocore.training.compiled import compiled
 from yolocore.training.config import TrainConfig
 from yolocore.training.multiscale import resized
 from yolocore.training.optim import CLIP_NORM, Clock, PackEMA, PackOptimizer, Schedule, StepTable, row_norms
@@ -143,6 +144,7 @@ class Pack:
         self.clocks = tuple(Clock(**state["clock"]) for state in states)
         self.schedules = tuple(self._schedule(hyp) for hyp in self.hyperparameters)
         self.model = self._stack([state["model"] for state in states])
+        self._forward = compiled(self.model, config.compile)
         self.dtype = next(self.model.parameters()).dtype
         self.optimizer = PackOptimizer(self.model, self.hyperparameters, config.batch_size, config.optimizer)
         self.ema = PackEMA(self.model, self.optimizer)
@@ -260,7 +262,7 @@ class Pack:
         threshold = self.hyperparameters[0].anchor_t
         assignment = assign_targets(targets.to(self.dtype), grids, self.model.anchors, len(pixels), threshold)
         with autocast(self.device, self.precision):
-            predictions: list[Tensor] = self.model(pixels)
+            predictions = self._forward(pixels)
         return detection_loss(predictions, assignment, self.loss_weights, self.balance)
 
     def _pixels(self, images: Tensor, size: int | None) -> Tensor:

@@ -1,0 +1,56 @@
+"""The network's forward and backward pass as torch.compile makes them, for who wants to wait for it."""
+
+import os
+import shutil
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from yolocore.errors import DeviceError
+from yolocore.model import YOLOv5
+from yolocore.training.config import CompilerName
+
+Forward = Callable[[Tensor], list[Tensor]]
+
+SHAPES = 64
+"""Numbers of slots and sizes of batches for which one process may compile; beyond that torch would silently stop."""
+
+
+def compiled(model: YOLOv5, how: CompilerName) -> Forward:
+    """The model's training pass.
+
+    It is compiled when it is first called, anew for each number of slots and for the smaller last batch of an epoch,
+    and kept on disk by torch for the next process. Packs of the same number of slots share what was compiled.
+
+    Args:
+        model: in training mode when it is called.
+        how: none leaves the model as it is; inductor fuses operations; cudagraphs also records them as CUDA graphs.
+    """
+    if how == "none":
+        return model
+    torch._dynamo.config.recompile_limit = SHAPES
+    mode = "reduce-overhead" if how == "cudagraphs" else "default"
+    forward: Forward = torch.compile(model, dynamic=False, mode=mode)
+    if how == "inductor":
+        return forward
+
+    def recorded(pixels: Tensor) -> list[Tensor]:
+        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        return forward(pixels)
+
+    return recorded
+
+
+def require_compiler(how: CompilerName, device: torch.device) -> None:
+    """Checks that a host can compile for a device.
+
+    Raises:
+        DeviceError: It cannot; says what is missing.
+    """
+    if how == "cudagraphs" and device.type != "cuda":
+        raise DeviceError(f"compile 'cudagraphs' on {device.type}: allowed: none, inductor; graphs need a CUDA device")
+    if how == "none":
+        return
+    if device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None and shutil.which("clang++") is None:
+        raise DeviceError("compile: no C++ compiler found; allowed: none, or install g++, or name one in CXX")
