@@ -84,6 +84,7 @@ class Worker:
             release_dead_neighbours(self._ledger, self._config.name)
             if not self._run_pack():
                 if not self._others_are_busy() or self._past_deadline():
+                    self._check_failures()  # what ran elsewhere when this was last asked may have failed since
                     break
                 # Their tickets may still come back: whatever dies, somebody finishes it.
                 self._stop.wait(IDLE_SECONDS)

@@ -35,6 +35,8 @@ from search.paths import StudyFolder
 
 ray = pytest.importorskip("ray", reason="needs Ray (the extra ray)")
 
+pytestmark = pytest.mark.usefixtures("only_ray")
+
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
