@@ -393,9 +393,8 @@ def _print_outcome(job: Job, as_json: bool, *, every_trial: bool) -> None:
     _print_comparison(job.config, status)
     if written[0].best.verdict is not None:
         print_line(written[0].best.verdict)
-    best, base = written[0].best, status.base
-    is_base = base is not None and best.trial_number == base.number
-    _print_next_steps(job, written[0].path, is_confirmed=best.verdict is not None or is_base)
+    best = written[0].best
+    _print_next_steps(job, written[0].path, is_confirmed=best.verdict is not None or best.is_base)
 
 
 def _print_comparison(config: StudyConfig, status: StudyStatus) -> None:

@@ -722,10 +722,9 @@ def _check_train(config: StudyConfig) -> Iterator[Problem]:
         yield Problem("train.eval_every", f"got {train.eval_every}", f"1 to train.epochs ({train.epochs})")
     if train.rect and train.image_weights:
         yield Problem("train.rect", "got true with train.image_weights, which draws images anew", "one of the two")
-    if train.compile != "none" and train.multi_scale:
-        yield Problem(
-            "train.compile", f"got {train.compile} with train.multi_scale, whose sizes differ", "one of the two"
-        )
+    if train.compile != "none" and (train.multi_scale or train.rect):
+        other = "multi_scale" if train.multi_scale else "rect"
+        yield Problem("train.compile", f"got {train.compile} with train.{other}, of many sizes", "one of the two")
 
 
 def _check_space(config: StudyConfig) -> Iterator[Problem]:

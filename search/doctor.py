@@ -20,6 +20,7 @@ from search.database import mask_url, sqlite_path
 from search.errors import DatabaseError, OlderSchemaError, SearchError, UnknownStudyError
 from search.ledger import Ledger
 from search.ledger.facts import DatabaseFacts, database_facts
+from search.settings import TrainSettings
 from search.tracking import default_tracking_uri, is_server, mask_secrets, probe_store
 from search.worker.existing import open_existing
 from yolocore.errors import YolocoreError
@@ -100,6 +101,8 @@ def examine(around: Surroundings) -> Iterator[Finding]:
         else:
             yield _guarded("study", lambda: _study(ledger, config))
             yield _guarded("data", lambda: _data(ledger.study(config.name).fingerprint, config, around))
+    if config is not None and config.train.compile != "none":
+        yield _guarded("compile", lambda: _compiler(config.train))
     yield _guarded("checkpoints", lambda: _checkpoints(around.checkpoints or str(around.runs_dir)))
     yield _guarded("MLflow", lambda: _tracking(config, around.runs_dir))
 
@@ -302,6 +305,14 @@ def _data(wanted: str | None, config: StudyConfig, around: Surroundings) -> Find
         remedy = "bring the same images, labels and names here, or name them: --data, YOLOSEARCH_DATA_ROOT"
         return Finding(level="fail", name="data", detail=detail, remedy=remedy)
     return Finding(level="ok", name="data", detail=f"{path}, fingerprint {found}, the study's")
+
+
+def _compiler(train: TrainSettings) -> Finding:
+    from yolocore.device import resolve_device
+    from yolocore.training.compiled import require_compiler
+
+    require_compiler(train.compile, resolve_device(train.device).type)
+    return Finding(level="ok", name="compile", detail=f"{train.compile}, what it needs is here")
 
 
 def _checkpoints(root: str) -> Finding:

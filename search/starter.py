@@ -16,12 +16,12 @@ from typing import Any
 import yaml
 
 from search.config import usual_first_rung
-from search.launch.prepare import STEPS_FROM_SCRATCH, STEPS_FROM_WEIGHTS, after_warmup
+from search.launch.prepare import STEPS_FROM_SCRATCH, STEPS_FROM_WEIGHTS, after_warmup, base_schedule
 from search.schema import SCHEMA_FILE
 from search.settings import TrainSettings
 from yolocore.data.check import DatasetReport, SplitReport
 from yolocore.hyperparameters import Hyperparameters
-from yolocore.training.optim import NOMINAL_BATCH_SIZE, Schedule
+from yolocore.training.optim import NOMINAL_BATCH_SIZE
 
 USUAL_IMAGE_SIZE = 640
 LARGEST_IMAGE_SIZE = 1280
@@ -197,14 +197,10 @@ def choose_epochs(train: SplitReport, *, from_weights: bool) -> Choice:
 
 def choose_pruner(images: int, batch_size: int, epochs: int) -> Choice:
     """The median pruner, not before YOLOv5 has warmed up, which takes many epochs where there are few images."""
-    schedule = Schedule(
-        hyperparameters=Hyperparameters(),
-        epochs=epochs,
-        batches_per_epoch=math.ceil(images / min(batch_size, images)),
-        batch_size=batch_size,
-    )
-    warm = schedule.warmup_epochs
+    warm = base_schedule(Hyperparameters(), epochs, images, batch_size).warmup_epochs
     first = after_warmup(warm, epochs)
+    if epochs < 2:
+        return Choice("none", "one epoch cannot end early")
     if first <= usual_first_rung(epochs):
         return Choice("median", "trials that are worse than half of the others at the same epoch end early")
     until = f", past the warm-up's {warm} epochs" if first == warm else f"; warm-up alone takes {warm} epochs"

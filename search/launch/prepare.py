@@ -23,7 +23,7 @@ from search.ledger import Ledger, StudyRecord
 from search.paths import StudyFolder
 from search.prepared import Prepared
 from search.ranges import CLS_TO_OBJ, POWER_KEY
-from search.settings import FidelityConfig
+from search.settings import FidelityConfig, TrainSettings
 from search.space import base_params, grid_points, pack_limit
 from search.stopping import require_noise
 from search.study import AskedTrial, check_sampler, create_study, open_storage
@@ -33,7 +33,8 @@ from search.worker.session import data_yaml, study_tracker, versions
 from yolocore.autoanchor import ENOUGH_RECALL, AnchorFit, AnchorTuple, autoanchor, current_fit
 from yolocore.data.dataset import DatasetConfig, LabelledImage, Split, fingerprint, load_dataset_config, scan_split
 from yolocore.device import resolve_device, resolve_precision
-from yolocore.hyperparameters import RANGES
+from yolocore.errors import DeviceError
+from yolocore.hyperparameters import RANGES, Hyperparameters
 from yolocore.initial import initial_levels
 from yolocore.training.compiled import require_compiler
 from yolocore.training.optim import NOMINAL_BATCH_SIZE, Clock, Schedule
@@ -199,8 +200,6 @@ def plan_study(
     splits = {name: scan_split(dataset, name) for name in ("train", "val")}
     given, config = config, without_idle_keys(config, dataset.num_classes)
     device = resolve_device(config.train.device)
-    if config.train.device != "auto":  # else workers on other hosts may have what this one has not
-        require_compiler(config.train.compile, device)
     check_objective(config, dataset.names, _labelled_classes(splits["val"]))
     counts = _class_counts(splits["train"])
     precision, found = resolve_precision(config.train.precision, device), fingerprint(dataset)
@@ -225,7 +224,11 @@ def plan_study(
             cost=study_cost(config),
             speed=earlier_speed(config, found, f"{device} {precision}", storage_url, runs_dir),
         ),
-        notices=(*_idle_notices(given, config), *_notices(config, dataset, splits)),
+        notices=(
+            *_idle_notices(given, config),
+            *_compile_notices(config.train, device.type),
+            *_notices(config, dataset, splits),
+        ),
         noise_seeds=noise_seeds,
     )
     return _with_checked_gains(plan, earlier)
@@ -426,11 +429,26 @@ def _step_notices(config: StudyConfig, images: int) -> Iterator[str]:
 
 
 def _optimiser_steps(config: StudyConfig, images: int) -> int:
-    schedule = _schedule(config, images)
+    train = config.train
+    schedule = base_schedule(config.base_hyperparameters(), train.epochs, images, train.batch_size)
     clock = Clock()
     for iteration in range(schedule.epochs * schedule.batches_per_epoch):
         clock, _ = clock.advance(schedule.at(iteration).accumulate)
     return clock.updates
+
+
+def _compile_notices(train: TrainSettings, device_type: str) -> Iterator[str]:
+    """Says that this host cannot compile. Workers on others may; with a device that is named none is expected to.
+
+    Raises:
+        DeviceError: This host cannot, and the study names its device.
+    """
+    try:
+        require_compiler(train.compile, device_type)
+    except DeviceError as error:
+        if train.device != "auto":
+            raise
+        yield f"train.{error}; a worker on this host will refuse the study"
 
 
 def _rung_notices(config: StudyConfig, images: int) -> Iterator[str]:
@@ -438,8 +456,9 @@ def _rung_notices(config: StudyConfig, images: int) -> Iterator[str]:
     if config.pruner.name not in RANKING_PRUNERS:
         return
     train, first = config.train, getattr(config.pruner, "min_epochs", None) or 1
-    warm = _schedule(config, images).warmup_epochs
-    if warm < train.epochs and first < after_warmup(warm, train.epochs):
+    warm = base_schedule(config.base_hyperparameters(), train.epochs, images, train.batch_size).warmup_epochs
+    is_meant = config.base_hyperparameters().warmup_epochs >= train.epochs  # then every decision lies inside it
+    if not is_meant and first < after_warmup(warm, train.epochs):
         surer = math.ceil(min(2 * warm, train.epochs / 2) / train.eval_every) * train.eval_every
         yield (
             f"pruner: its first decision is after {first} epochs, inside the warm-up, which takes {warm} here (never "
@@ -457,15 +476,10 @@ def after_warmup(warm: int, epochs: int) -> int:
     return min(warm, math.ceil(epochs / 2))
 
 
-def _schedule(config: StudyConfig, images: int) -> Schedule:
-    """The base's schedule on so many images."""
-    train = config.train
-    return Schedule(
-        hyperparameters=config.base_hyperparameters(),
-        epochs=train.epochs,
-        batches_per_epoch=-(-images // min(train.batch_size, images)),
-        batch_size=train.batch_size,
-    )
+def base_schedule(hyperparameters: Hyperparameters, epochs: int, images: int, batch_size: int) -> Schedule:
+    """The schedule of a training on so many images."""
+    batches = -(-images // min(batch_size, images))
+    return Schedule(hyperparameters=hyperparameters, epochs=epochs, batches_per_epoch=batches, batch_size=batch_size)
 
 
 def create_or_resume(plan: StudyPlan, more_trials: int = 0) -> bool:

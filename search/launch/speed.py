@@ -20,7 +20,7 @@ from yolocore.training.trainer import TrainingData
 LATEST_TRIALS = 16
 """Of an earlier study; so many say how fast it was."""
 
-SAME_KEYS = ("model", "image_size", "batch_size", "optimizer", "rect", "multi_scale", "freeze")
+SAME_KEYS = ("model", "image_size", "batch_size", "optimizer", "rect", "multi_scale", "freeze", "compile")
 """Settings of `train` on which an epoch's time depends."""
 
 
@@ -48,7 +48,8 @@ def measure_speed(config: StudyConfig, train: TrainConfig) -> Speed:
         seconds = epoch_seconds(train, data, base, chosen) / slots
     finally:
         data.close()
-    return Speed(seconds=seconds, slots=slots, source=f"measured here on {train.device} {train.precision}")
+    how = "" if train.compile == "none" else ", not compiled"
+    return Speed(seconds=seconds, slots=slots, source=f"measured here on {train.device} {train.precision}{how}")
 
 
 def earlier_speed(config: StudyConfig, fingerprint: str, device: str, storage_url: str, runs_dir: Path) -> Speed | None:

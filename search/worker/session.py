@@ -37,6 +37,9 @@ from yolocore.training.compiled import require_compiler
 
 logger = logging.getLogger(__name__)
 
+COMPILING_HANGS = 4
+"""How many times as long a trainer may be silent whose network is compiled: it says nothing meanwhile."""
+
 VERSIONED = ("yolosearch", "torch", "torchvision", "optuna", "mlflow", "numpy")
 
 
@@ -137,7 +140,7 @@ def _open(options: WorkerOptions, ledger: Ledger, record: StudyRecord, config: S
     train = replace(config.train_config(data), anchors=Prepared.of(record.config).anchors)
     device = resolve_device(options.device or train.device)
     train = replace(train, device=str(device), precision=resolve_precision(train.precision, device))
-    require_compiler(train.compile, device)
+    require_compiler(train.compile, device.type)
     # The study's own timeout is the search's.
     timeout = config.timeout if options.timeout is None and SEARCH in options.kinds else options.timeout
     return WorkerContext(
@@ -151,7 +154,7 @@ def _open(options: WorkerOptions, ledger: Ledger, record: StudyRecord, config: S
         lease_seconds=options.lease_seconds,
         checkpoints=options.checkpoints or str(options.runs_dir),
         owner=record.owner,
-        hang_seconds=options.hang_seconds,
+        hang_seconds=options.hang_seconds * (1 if train.compile == "none" else COMPILING_HANGS),
         kinds=options.kinds,
         deadline=None if timeout is None else time.time() + timeout,
     )

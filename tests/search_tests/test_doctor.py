@@ -68,6 +68,15 @@ def test_examine_study_file_before_it_is_created_says_how(make: Callable[..., Ti
     assert {name for name, finding in found.items() if finding.level == "fail"} == set()
 
 
+def test_examine_study_that_cannot_be_compiled_here_fails(make: Callable[..., TinyStudy]) -> None:
+    study = make(train={"compile": "cudagraphs", "device": "auto"})
+    study.create()
+
+    compiler = findings(study)["compile"]
+
+    assert (compiler.level, compiler.detail.split(": ")[0]) == ("fail", "compile 'cudagraphs' on cpu")
+
+
 def test_examine_changed_data_fails_with_both_fingerprints(make: Callable[..., TinyStudy]) -> None:
     study = make()
     study.create()

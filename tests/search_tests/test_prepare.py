@@ -62,6 +62,10 @@ def test_plan_study_key_that_a_pack_shares_is_told(make: Callable[..., TinyStudy
     [
         ({"train": {"freeze": 10}}, "train.freeze: without train.weights the frozen layers keep random weights"),
         (
+            {"train": {"compile": "cudagraphs", "device": "auto"}},
+            "train.compile 'cudagraphs' on cpu: allowed: none, inductor",
+        ),
+        (
             {"train": {"epochs": 9, "patience": 8}},
             "train.patience: a trial that ends early counts with its last epoch, 8",
         ),
@@ -85,7 +89,7 @@ def test_plan_study_settings_that_surprise_are_told(
     )
 
 
-@pytest.mark.parametrize(("epochs", "surer"), [(300, 100), (80, 40)])
+@pytest.mark.parametrize(("epochs", "surer"), [(300, 100), (80, 40), (10, 5)])
 def test_plan_study_pruner_inside_the_warm_up_says_what_is_surer(
     make: Callable[..., TinyStudy], epochs: int, surer: int
 ) -> None:

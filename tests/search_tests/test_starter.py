@@ -98,6 +98,8 @@ def test_choose_batch_size_is_never_above_the_images() -> None:
         (200, 30, {"name": "median", "min_epochs": 8}),  # 100 iterations of 13 an epoch
         (200, 10, {"name": "median", "min_epochs": 5}),
         (200, 60, "median"),
+        (100, 10, {"name": "median", "min_epochs": 5}),  # all of it is warm-up
+        (200, 1, "none"),
         (2000, 15, "median"),  # three epochs, as `warmup_epochs` says
         (2000, 12, "median"),
         (2000, 10, {"name": "median", "min_epochs": 3}),

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from collections.abc import Callable
 
 import torch
@@ -29,9 +30,8 @@ def compiled(model: YOLOv5, how: CompilerName) -> Forward:
     """
     if how == "none":
         return model
-    torch._dynamo.config.recompile_limit = SHAPES
     mode = "reduce-overhead" if how == "cudagraphs" else "default"
-    forward: Forward = torch.compile(model, dynamic=False, mode=mode)
+    forward: Forward = torch.compile(model, dynamic=False, mode=mode, recompile_limit=SHAPES)  # type: ignore[call-overload]
     if how == "inductor":
         return forward
 
@@ -42,15 +42,16 @@ def compiled(model: YOLOv5, how: CompilerName) -> Forward:
     return recorded
 
 
-def require_compiler(how: CompilerName, device: torch.device) -> None:
-    """Checks that a host can compile for a device.
+def require_compiler(how: CompilerName, device_type: str) -> None:
+    """Checks that a host can compile for a type of device (cpu, cuda or mps).
 
     Raises:
         DeviceError: It cannot; says what is missing.
     """
-    if how == "cudagraphs" and device.type != "cuda":
-        raise DeviceError(f"compile 'cudagraphs' on {device.type}: allowed: none, inductor; graphs need a CUDA device")
+    if how == "cudagraphs" and device_type != "cuda":
+        raise DeviceError(f"compile 'cudagraphs' on {device_type}: allowed: none, inductor; graphs need a CUDA device")
     if how == "none":
         return
-    if device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None and shutil.which("clang++") is None:
-        raise DeviceError("compile: no C++ compiler found; allowed: none, or install g++, or name one in CXX")
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # where torch looks
+    if device_type == "cpu" and shutil.which(compiler) is None:
+        raise DeviceError(f"compile '{how}': no {compiler} here; allowed: none, or install it, or name another in CXX")

@@ -99,8 +99,8 @@ class TrainConfig:
             raise InputError(f"freeze: {self.freeze} is not allowed: 0 to {MAX_FREEZE} is (layers, from the first)")
         if self.rect and self.image_weights:
             raise InputError("rect: not possible with image_weights, which draws the images of every epoch anew")
-        if self.multi_scale and self.compile != "none":
-            raise InputError("compile: not possible with multi_scale, which would compile the network for every size")
+        if (self.multi_scale or self.rect) and self.compile != "none":
+            raise InputError("compile: not possible with multi_scale or rect: every size of batch would be compiled")
         for name, kind in (("optimizer", OptimizerName), ("cache", CacheName), ("compile", CompilerName)):
             allowed = get_args(kind)
             if getattr(self, name) not in allowed:

@@ -242,6 +242,8 @@ class Pack:
         # The slots share no parameter, so the gradient of the sum is each slot's own; the weights of the sum are the
         # loss scales, and a slot whose loss is NaN spoils its own rows alone.
         torch.autograd.backward([loss.total], [self._loss_scale])
+        if self.config.compile == "cudagraphs":
+            self.optimizer.collect()  # the next batch's graph overwrites the gradients of this one
         return self._finish(loss, rates, stepped)
 
     @torch.no_grad()
