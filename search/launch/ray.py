@@ -679,6 +679,7 @@ def _connect(ray: Any, address: str) -> None:
         # Ray listens on all interfaces, and by default asks for a token. One that only this process and its children
         # know keeps others out, and spares the user's home a file.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        _forget_token(ray)
         options |= {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
     else:
         _knock(address)
@@ -687,6 +688,12 @@ def _connect(ray: Any, address: str) -> None:
             ray.init(address=address, **options)
     except (ray.exceptions.RayError, ImportError, ConnectionError, RuntimeError, ValueError) as error:
         raise _no_cluster(address, _words(error)) from None
+
+
+def _forget_token(ray: Any) -> None:
+    """Lets Ray read its token anew: it keeps the first one of a process, and a notebook may have used Ray before."""
+    with suppress(AttributeError):  # not in versions before tokens
+        ray._raylet.AuthenticationTokenLoader.instance().reset_cache()
 
 
 def _knock(address: str) -> None:

@@ -1,6 +1,5 @@
 """A real PostgreSQL for the tests of the service, and the same test on every backend."""
 
-import fcntl
 import itertools
 import os
 import shutil
@@ -13,14 +12,6 @@ from pathlib import Path
 import pytest
 
 _numbers = itertools.count()
-
-
-@pytest.fixture(scope="module")
-def only_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Other test processes start no Ray meanwhile: two that start at once on a host mix up their tokens."""
-    with (tmp_path_factory.getbasetemp().parent / "ray.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 @pytest.fixture(scope="session")

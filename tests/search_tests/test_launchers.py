@@ -32,7 +32,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def ray_at_hand(only_ray: None) -> Iterator[None]:
+def ray_at_hand() -> Iterator[None]:
     """Ray as a notebook has it: the launcher uses the connection, and leaves it."""
     ray = pytest.importorskip("ray", reason="needs Ray (the extra ray)")
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)

@@ -35,8 +35,6 @@ from search.paths import StudyFolder
 
 ray = pytest.importorskip("ray", reason="needs Ray (the extra ray)")
 
-pytestmark = pytest.mark.usefixtures("only_ray")
-
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -418,6 +416,23 @@ def test_packed_workers_of_a_client_share_a_node_and_no_secret_is_written(
     assert not [path for path in files if b"a-secret-of-the-launcher" in path.read_bytes()]
     # Asked to end, not killed: all is handed back at no charge.
     assert [(ticket.state, ticket.history) for ticket in study.tickets()] == [(TicketState.WAITING, ())] * 4
+
+
+@pytest.mark.slow
+def test_launch_in_a_process_that_has_used_ray_before_starts_a_cluster_of_its_own(
+    make: Callable[..., TinyStudy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "a" * 64)
+    ray._raylet.AuthenticationTokenLoader.instance().reset_cache()
+    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+    ray.shutdown()
+    monkeypatch.delenv("RAY_AUTH_TOKEN")
+    study = make(trials=1, train={"epochs": 1})
+
+    with launch_on_ray(plan_of(study), study.ledger, "local") as launcher:
+        finish(launcher)
+
+    assert study.states() == [TicketState.COMPLETE]
 
 
 @pytest.mark.slow
