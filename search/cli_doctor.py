@@ -48,7 +48,7 @@ def doctor(
     """
     runs = runs_folder(runs_dir)
     planned = load_study_config(Path(study)) if study is not None and is_study_file(study) else None
-    name = planned.name if planned is not None else None if study is None else study_name(study)
+    name = None if study is None else study_name(study)
     is_named = name is not None or storage or os.environ.get(STORAGE_URL_VARIABLE)
     url = resolve_storage_url(storage, runs, name or "none") if is_named else None
     around = Surroundings(

@@ -394,7 +394,7 @@ def _print_outcome(job: Job, as_json: bool, *, every_trial: bool) -> None:
     if written[0].best.verdict is not None:
         print_line(written[0].best.verdict)
     best = written[0].best
-    _print_next_steps(job, written[0].path, is_confirmed=best.verdict is not None or best.is_base)
+    _print_next_steps(job, written[0].path, is_settled=best.verdict is not None or best.is_base)
 
 
 def _print_comparison(config: StudyConfig, status: StudyStatus) -> None:
@@ -412,11 +412,11 @@ def _command() -> str:
     return "yolosearch" if shutil.which("yolosearch") else sys.argv[0]
 
 
-def _print_next_steps(job: Job, path: Path, *, is_confirmed: bool) -> None:
+def _print_next_steps(job: Job, path: Path, *, is_settled: bool) -> None:
     really = f"really better?   {_command()} confirm {job.config.name} --top {CONFIRM_TOP} --seeds {RERUN_SEEDS}"
     lines = [
         f"best hyp:        {path}",
-        *([] if is_confirmed else [really]),
+        *([] if is_settled else [really]),
         f"train with it:   python train.py --hyp {path} ...   (in your YOLOv5 checkout)",
         f"look at it:      {_command()} ui {job.config.name}",
         f"go on searching: {_command()} run {job.file or 'STUDY.yaml'} --trials +20",

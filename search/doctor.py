@@ -72,7 +72,7 @@ class Surroundings:
 
 def examine(around: Surroundings) -> Iterator[Finding]:
     """Looks at one thing after the other; no password is in what it finds. Never raises for what it finds."""
-    config: StudyConfig | None = None
+    config = around.planned
     yield _guarded("python", _python)
     yield from _several("torch", _torch)
     yield _guarded("memory", _memory)
@@ -88,7 +88,6 @@ def examine(around: Surroundings) -> Iterator[Finding]:
         except OlderSchemaError:
             yield Finding(level="warn", name="study", detail="not looked at until the schema is this version's")
         except UnknownStudyError as error:
-            config = around.planned
             if config is None:
                 yield _failure("study", error)
             else:

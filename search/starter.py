@@ -197,10 +197,10 @@ def choose_epochs(train: SplitReport, *, from_weights: bool) -> Choice:
 
 def choose_pruner(images: int, batch_size: int, epochs: int) -> Choice:
     """The median pruner, not before YOLOv5 has warmed up, which takes many epochs where there are few images."""
-    warm = base_schedule(Hyperparameters(), epochs, images, batch_size).warmup_epochs
-    first = after_warmup(warm, epochs)
     if epochs < 2:
         return Choice("none", "one epoch cannot end early")
+    warm = base_schedule(Hyperparameters(), epochs, images, batch_size).warmup_epochs
+    first = after_warmup(warm, epochs)
     if first <= usual_first_rung(epochs):
         return Choice("median", "trials that are worse than half of the others at the same epoch end early")
     until = f", past the warm-up's {warm} epochs" if first == warm else f"; warm-up alone takes {warm} epochs"

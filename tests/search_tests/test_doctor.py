@@ -77,6 +77,17 @@ def test_examine_study_that_cannot_be_compiled_here_fails(make: Callable[..., Ti
     assert (compiler.level, compiler.detail.split(": ")[0]) == ("fail", "compile 'cudagraphs' on cpu")
 
 
+def test_examine_study_file_with_the_database_away_still_looks_where_it_records(
+    make: Callable[..., TinyStudy],
+) -> None:
+    study = make()
+
+    found = findings(study, planned=study.config, storage_url="postgresql://127.0.0.1:9/studies")
+
+    assert found["database"].level == "fail"
+    assert found["MLflow"].detail == "off in this study"
+
+
 def test_examine_changed_data_fails_with_both_fingerprints(make: Callable[..., TinyStudy]) -> None:
     study = make()
     study.create()
